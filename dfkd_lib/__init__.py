@@ -1,0 +1,3 @@
+"""Distilling Without Data: data-free knowledge distillation, one module per paper."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,8 @@
+"""`python -m dfkd_lib` is the `dfkd` command."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""A chapter at work: its runtime, its runs, its figures, and the record it leaves.
+
+A notebook makes one `Chapter` after its parameters cell, sends each experiment through :meth:`Chapter.fit`, and
+calls :meth:`Chapter.finish` at its end. With a folder (parameter `out`, or DFKD_OUT), finished experiments are
+kept there, a killed chapter continues where it was, and the record appears; without one, nothing is kept.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import re
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from . import data, records
+from .errors import NonFiniteLoss
+from .files import lock, replace_file, write_text
+from .fit import Fit, Method, fit
+from .parameters import parameters
+from .progress import emit
+from .runtime import Runtime, hardware
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from matplotlib.figure import Figure
+
+CHECKPOINT_EVERY = 20.0  # seconds
+FOLDER_PATIENCE = 30.0  # seconds: a killed run's kernel outlives it for a moment
+
+
+class Chapter:
+    """One execution of a chapter.
+
+    Args:
+        name: of the chapter, such as "dfad".
+        namespace: the notebook's `globals()`; the values of the chapter's parameters are taken from it.
+
+    Attributes:
+        runtime: chosen from the parameters device, precision, seed and threads.
+        metrics, best: figures so far, `<experiment>/<row>/<measure>`: final ones, and the best of all evaluations.
+        fits: the finished runs by name.
+
+    Raises:
+        InputError: a device or precision that cannot be.
+        DFKDError: another process is at work in the same folder.
+    """
+
+    def __init__(self, name: str, namespace: Mapping[str, Any]) -> None:
+        self.name = name
+        self.parameters = {key: namespace[key] for key in parameters(name) if key in namespace}
+        chosen = self.parameters
+        self.runtime = Runtime.choose(
+            chosen["device"], chosen["precision"], seed=chosen["seed"], threads=chosen["threads"]
+        )
+        out = chosen["out"] or os.environ.get("DFKD_OUT", "")
+        self.out = Path(out).expanduser().resolve() if out else None
+        self.metrics: dict[str, float | None] = {}
+        self.best: dict[str, float | None] = {}
+        self.fits: dict[str, Fit] = {}
+        self.teachers: list[dict[str, Any]] = []
+        self.start = time.perf_counter()
+        self._held = ExitStack()
+        if self.out:
+            self._held.enter_context(lock(self.out / ".lock", timeout=FOLDER_PATIENCE, what=f"folder {self.out}"))
+            atexit.register(self._held.close)
+        print(f"{name}, profile {chosen['profile']}: {self.runtime.describe()}")
+
+    def fit(
+        self,
+        name: str,
+        method: Method,
+        n_steps: int,
+        *,
+        evaluate: Callable[[], dict[str, float]],
+        eval_every: int = 0,
+        watch: Callable[[], dict[str, Tensor]] | None = None,
+        may_diverge: bool = False,
+    ) -> Fit | None:
+        """Run one experiment, see :func:`dfkd_lib.fit.fit`, and note its final and best figures.
+
+        Args:
+            name: `<experiment>/<row>`, such as "classification/DFAD".
+            may_diverge: a non-finite loss is a result: it is printed, noted as null, and None is returned.
+        """
+        checkpoint = self.out / "checkpoints" / f"{_file_name(name)}.safetensors" if self.out else None
+        try:
+            result = fit(
+                method,
+                n_steps,
+                name=name,
+                evaluate=evaluate,
+                eval_every=eval_every,
+                watch=watch,
+                checkpoint=checkpoint,
+                checkpoint_every=CHECKPOINT_EVERY,
+            )
+        except NonFiniteLoss as e:
+            if not may_diverge:
+                raise
+            print(f"diverged: {e}")
+            for measure in evaluate():
+                self.note(f"{name}/{measure}", None)
+            return None
+        self.fits[name] = result
+        for measure in result.measures:
+            self.note(f"{name}/{measure}", result.final(measure), result.best(measure))
+        return result
+
+    def note(self, key: str, value: float | None, best: float | None = None) -> None:
+        """Put a figure into the record: final, and best where there was a choice of evaluations."""
+        self.metrics[key] = None if value is None else records.finite_or_none(value)
+        if best is not None:
+            self.best[key] = records.finite_or_none(best)
+
+    def teacher(self, facts: dict[str, Any]) -> None:
+        """Put a teacher's facts into the record."""
+        self.teachers.append(facts)
+
+    def figure(self, figure: Figure, name: str) -> Figure:
+        """Keep a figure as `<out>/<name>.png`; returns it, so that the cell shows it."""
+        if self.out:
+            with replace_file(self.out / f"{name}.png") as temporary:
+                figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
+        return figure
+
+    def record(self) -> dict[str, Any]:
+        """The record of this execution as it stands, in the form of `record.json`."""
+        return {
+            "chapter": self.name,
+            "profile": self.parameters["profile"],
+            "parameters": {key: value for key, value in self.parameters.items() if key != "out"},
+            "seed": self.parameters["seed"],
+            "command": os.environ.get("DFKD_COMMAND", "notebook"),
+            **records.provenance(),
+            "hardware": hardware(self.runtime.device),
+            "runtime": self.runtime.describe(),
+            "data": [dict(zip(("name", "split", "fingerprint"), opened, strict=True)) for opened in data.opened()],
+            "teachers": self.teachers,
+            "seconds": round(sum(f.seconds for f in self.fits.values()), 1),
+            "metrics": self.metrics,
+            "best": self.best,
+            "finished": records.now(),
+        }
+
+    def finish(self) -> dict[str, Any]:
+        """Write `record.json` and `history.csv` into the run's folder, if it has one; returns the record."""
+        record = self.record()
+        if self.out:
+            write_text(self.out / "history.csv", _history_csv(self.fits))
+            records.write(self.out, record)
+        emit("section", fit="record", metrics={})
+        return record
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.=-]+", "-", name)
+
+
+def _history_csv(fits: dict[str, Fit]) -> str:
+    import pandas as pd
+
+    rows = [{"fit": name, **row} for name, result in fits.items() for row in result.history]
+    return str(pd.DataFrame(rows).to_csv(index=False, float_format="%.6g", lineterminator="\n"))

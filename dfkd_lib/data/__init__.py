@@ -1,0 +1,22 @@
+"""Named image datasets as tensors on a device; the guard of data-free methods; augmentation."""
+
+from .augment import crop_flip, minibatches, paired_crop_flip
+from .catalogue import DatasetInfo, info, names
+from .guard import no_training_data, opened
+from .imageset import ImageSet
+from .loading import load
+from .sources import prepare
+
+__all__ = [
+    "DatasetInfo",
+    "ImageSet",
+    "crop_flip",
+    "info",
+    "load",
+    "minibatches",
+    "names",
+    "no_training_data",
+    "opened",
+    "paired_crop_flip",
+    "prepare",
+]

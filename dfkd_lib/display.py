@@ -1,0 +1,66 @@
+"""What chapters show besides figures: library source, and tables of figures."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import textwrap
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def show_source(*objects: Any) -> None:
+    """Show the source of functions and classes as it stands in the library, without their docstrings."""
+    from IPython.display import display
+
+    blocks = [_without_docstring(textwrap.dedent(inspect.getsource(thing))) for thing in objects]
+    code = "\n\n".join(blocks)
+    display({"text/plain": code, "text/markdown": f"```python\n{code}\n```"}, raw=True)
+
+
+def _without_docstring(source: str) -> str:
+    import ast
+
+    lines = source.rstrip().split("\n")
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
+            quoted = node.body[0]
+            for i in range(quoted.lineno - 1, quoted.end_lineno or quoted.lineno):
+                lines[i] = "\0"
+    return "\n".join(line for line in lines if line != "\0")
+
+
+def percent(value: float | None, spread: float | None = None, digits: int = 1) -> str:
+    """A fraction as percent, "98.3" or "98.3 ± 0.2"; a missing one as "-"."""
+    if value is None or math.isnan(value):
+        return "-"
+    return f"{100 * value:.{digits}f}" + (f" ± {100 * spread:.{digits}f}" if spread is not None else "")
+
+
+def summary(records: list[Mapping[str, Any]], key: str, part: str = "metrics") -> str:
+    """Mean ± standard deviation, in percent, of one figure over records that differ by seed.
+
+    Args:
+        part: "metrics" (final) or "best".
+    """
+    values = [record[part][key] for record in records if record[part].get(key) is not None]
+    if not values:
+        return "-"
+    mean = sum(values) / len(values)
+    if len(values) == 1:
+        return percent(mean)
+    return percent(mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)))
+
+
+def table(rows: Mapping[str, Mapping[str, str]], index: str = "") -> pd.DataFrame:
+    """A table of texts, one row per key, in the order given; what is missing is "-".
+
+    Args:
+        index: heading of the first column.
+    """
+    import pandas as pd
+
+    return pd.DataFrame.from_dict(rows, orient="index").fillna("-").rename_axis(columns=index)

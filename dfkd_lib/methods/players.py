@@ -1,0 +1,92 @@
+"""What every game needs of its players: freezing, optimisers, one update."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Adam, Optimizer
+
+from ..errors import InputError
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def freeze(module: M) -> M:
+    """Eval mode, no weight gradients: what a teacher is throughout."""
+    return module.eval().requires_grad_(False)
+
+
+@contextmanager
+def no_weight_gradients(module: nn.Module) -> Iterator[None]:
+    """Gradients pass through the module to its input, none are computed for its weights."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+
+
+def sgd(module: nn.Module, lr: float, weight_decay: float, momentum: float = 0.9, nesterov: bool = False) -> SGD:
+    """SGD with momentum over a module's weights, fused where the device allows."""
+    return SGD(
+        module.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=nesterov, fused=_can_fuse(module)
+    )
+
+
+def adam(module: nn.Module, lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> Adam:
+    """Adam over a module's weights, fused where the device allows."""
+    return Adam(module.parameters(), lr, betas, fused=_can_fuse(module))
+
+
+def _can_fuse(module: nn.Module) -> bool:
+    return all(p.device.type in ("cpu", "cuda", "mps") for p in module.parameters())
+
+
+def update(optimizer: Optimizer, loss: Tensor, scaler: torch.amp.GradScaler) -> None:
+    """One descent step on `loss`, with gradient scaling when the precision is float16."""
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def state_of(method: object, parts: tuple[str, ...]) -> dict[str, Any]:
+    """The state of the named attributes: modules, optimisers and scalers, random streams, plain numbers."""
+    state: dict[str, Any] = {}
+    for name in parts:
+        part = getattr(method, name)
+        if isinstance(part, torch.Generator):
+            state[name] = part.get_state()
+        else:
+            state[name] = part.state_dict() if hasattr(part, "state_dict") else part
+    return state
+
+
+def restore_state(method: object, parts: tuple[str, ...], state: dict[str, Any]) -> None:
+    """Put back what :func:`state_of` took."""
+    for name in parts:
+        part = getattr(method, name)
+        if isinstance(part, torch.Generator):
+            part.set_state(state[name].cpu())
+        elif hasattr(part, "load_state_dict"):
+            part.load_state_dict(state[name])
+        else:
+            setattr(method, name, state[name])
+
+
+def check_positive(settings: Any, *names: str) -> None:
+    """Refuse settings that must be above zero and are not.
+
+    Raises:
+        InputError: naming the setting and its value.
+    """
+    for name in names:
+        if not getattr(settings, name) > 0:
+            raise InputError(f"{name} must be above 0, not {getattr(settings, name)!r}")

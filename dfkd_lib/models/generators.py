@@ -1,0 +1,100 @@
+"""Generators: noise z [B, latent_dim] -> images [B, C, H, W] in image space.
+
+A and B are those of DFAD (arXiv 1912.11006), the toolbox pair those of CMI (arXiv 2105.08584) and its
+baselines. Upsampling is nearest-neighbour, LeakyReLU has slope 0.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ..errors import InputError
+from .normalize import Denormalize
+
+
+def generator_a(
+    latent_dim: int, image_shape: tuple[int, int, int], ngf: int, mean: Sequence[float], std: Sequence[float]
+) -> nn.Sequential:
+    """DFAD's generator for small images: H and W are multiples of 4.
+
+    Its last batch normalisation has no weights: in train mode each channel of the normalised batch has mean 0
+    and variance 1. So the images can leave [0, 1]; clamp them to show them.
+    """
+    return nn.Sequential(
+        *_upsampling(latent_dim, image_shape, start=2 * ngf, ngf=ngf, conv_bias=True),
+        nn.Tanh(),
+        nn.BatchNorm2d(image_shape[0], affine=False),
+        Denormalize(mean, std),
+    )
+
+
+def toolbox(latent_dim: int, image_shape: tuple[int, int, int], ngf: int, *, start: int) -> nn.Sequential:
+    """CMI's generators: H and W are multiples of 4, the sigmoid's images lie in [0, 1].
+
+    Args:
+        start: channels of the first feature map in units of ngf: 2 is "small" (CMI, FastDFKD), 4 is "large"
+            (the GAN baselines).
+    """
+    layers = _upsampling(latent_dim, image_shape, start=start * ngf, ngf=ngf, conv_bias=False)
+    return nn.Sequential(*layers, nn.Sigmoid())
+
+
+def generator_b(latent_dim: int, image_shape: tuple[int, int, int], ngf: int) -> nn.Sequential:
+    """DFAD's generator for larger images, DCGAN style: H and W are multiples of 16.
+
+    The paper normalises its data with mean and std 0.5, where tanh's [-1, 1] is the range of an image; that
+    fixed map ends this generator, so its images fill [0, 1] whatever the teacher's statistics are.
+    """
+    channels, height, width = image_shape
+    _must_divide(16, height, width)
+    layers: list[nn.Module] = [
+        nn.Linear(latent_dim, 8 * ngf * (height // 16) * (width // 16)),
+        nn.Unflatten(1, (8 * ngf, height // 16, width // 16)),
+        nn.BatchNorm2d(8 * ngf),
+    ]
+    for wide, narrow in ((8, 4), (4, 2), (2, 1), (1, 1)):
+        layers.append(nn.ConvTranspose2d(wide * ngf, narrow * ngf, 4, stride=2, padding=1, bias=False))
+        layers.append(nn.BatchNorm2d(narrow * ngf))
+        layers.append(nn.LeakyReLU(0.2))
+    layers += [nn.Conv2d(ngf, channels, 3, padding=1), nn.Tanh()]
+    network = nn.Sequential(*layers, Denormalize([0.5] * channels, [0.5] * channels))
+    for layer in network:
+        if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
+            nn.init.normal_(layer.weight, 0.0, 0.02)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.BatchNorm2d):
+            nn.init.normal_(layer.weight, 1.0, 0.02)
+    return network
+
+
+def _upsampling(
+    latent_dim: int, image_shape: tuple[int, int, int], *, start: int, ngf: int, conv_bias: bool
+) -> list[nn.Module]:
+    """What A and the toolbox pair share: from [start, H/4, W/4] up to [C, H, W], before the squashing."""
+    channels, height, width = image_shape
+    _must_divide(4, height, width)
+    return [
+        nn.Linear(latent_dim, start * (height // 4) * (width // 4)),
+        nn.Unflatten(1, (start, height // 4, width // 4)),
+        nn.BatchNorm2d(start),
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(start, 2 * ngf, 3, padding=1, bias=conv_bias),
+        nn.BatchNorm2d(2 * ngf),
+        nn.LeakyReLU(0.2),
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(2 * ngf, ngf, 3, padding=1, bias=conv_bias),
+        nn.BatchNorm2d(ngf),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(ngf, channels, 3, padding=1),
+    ]
+
+
+def _must_divide(factor: int, height: int, width: int) -> None:
+    if height < factor or width < factor or height % factor or width % factor:
+        raise InputError(
+            f"this generator makes images whose sides are multiples of {factor} px, not {height}x{width}; "
+            f"choose such an image size{' or generator_a' if factor > 4 else ''}"
+        )

@@ -1,0 +1,274 @@
+"""The tables of the pages across papers, built from records: results, claims, status, landing page."""
+
+from __future__ import annotations
+
+import html
+import platform
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import parameters, records
+from .display import percent
+from .locations import repository_root
+from .papers import Cell, Claim, Paper, Record, Verdict, judge, paper, paper_ids, seeds, spread
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from IPython.display import HTML
+
+MARKS = {"holds": "✓", "does not hold": "✗", "undecided": "?", "not tested here": "–"}
+NO_RUNS = "No larger run is committed yet: there are no figures to show."
+
+
+def results() -> HTML:
+    """Our figures beside the published ones: one table for each paper, committed run and experiment."""
+    tables = []
+    for card in map(paper, paper_ids()):
+        for label, runs in records.group(records.committed(card.id)).items():
+            for experiment, measure in {table.experiment: table.measure for table in card.tables}.items():
+                frame = comparison(card.id, experiment, runs)
+                caption = f"{card.title}, {experiment}: {measure} in percent ({label}, {seeds(len(runs))})"
+                if len(frame):
+                    tables.append(table_html(frame, caption))
+    return _html(*tables or [_line(NO_RUNS)])
+
+
+def comparison(paper_id: str, experiment: str, runs: Sequence[Record]) -> pd.DataFrame:
+    """Figures of one experiment beside the published ones, in percent.
+
+    Args:
+        runs: records that differ by seed alone.
+
+    Returns:
+        method, final, best, and one column for each published table that has the runs' dataset. Where the
+        paper names a method otherwise than our chapter does, its name follows in brackets. No rows if nothing
+        was measured.
+    """
+    import pandas as pd
+
+    keys = dict.fromkeys(key for run in runs for key in run["metrics"] if key.startswith(f"{experiment}/"))
+    rows = [(key.split("/")[1], key) for key in keys]
+    columns = {
+        heading: {row: _ours([run[part][key] for run in runs if key in run[part]]) for row, key in rows}
+        for heading, part in (("final", "metrics"), ("best", "best"))
+    }
+    names: dict[str, str] = {}
+    for table in paper(paper_id).tables if rows else ():
+        dataset = str(runs[0]["parameters"].get(table.parameter))
+        if table.experiment != experiment or dataset not in table.columns:
+            continue
+        column = columns.setdefault(f"{table.source}, {table.columns[dataset]}", {})
+        for label, cells in table.rows.items():
+            row = table.ours.get(label, label)
+            names.setdefault(row, row if row.lower() == label.lower() else f"{row} ({label})")
+            if dataset in cells:
+                column[row] = _theirs(cells[dataset])
+    names |= {row: names.get(row, row) for row, _ in rows}
+    return pd.DataFrame(
+        {"method": list(names.values())}
+        | {heading: [column.get(row, "") for row in names] for heading, column in columns.items()}
+    )
+
+
+def claims() -> HTML:
+    """Each claim of each paper, with its verdict at the largest scale at which a committed run tested it."""
+    import pandas as pd
+
+    parts = [] if records.committed() else [_line(NO_RUNS)]
+    for card in map(paper, paper_ids()):
+        groups = records.group(records.committed(card.id))
+        rows = []
+        for claim in card.claims:
+            run, verdict = at_largest_scale(claim, groups)
+            figures = f"{verdict.figures} ({run})" if run else verdict.figures
+            rows.append((claim.text, claim.where, verdict.verdict, figures))
+        frame = pd.DataFrame(rows, columns=["claim", "where", "verdict", "figures"])
+        parts.append(table_html(frame, _citation(card)))
+    return _html(*parts)
+
+
+def at_largest_scale(claim: Claim, groups: Mapping[str, Sequence[Record]]) -> tuple[str, Verdict]:
+    """The first of the groups, largest scale first, whose records test the claim, and what they say."""
+    for label, runs in groups.items():
+        verdict = judge(claim, runs)
+        if verdict.n:
+            return label, verdict
+    return "", judge(claim, [])
+
+
+def chapters() -> HTML:
+    """The chapters that exist, with their committed runs and how their claims fare."""
+    import pandas as pd
+
+    rows = []
+    for card in map(paper, paper_ids()):
+        groups = records.group(records.committed(card.id))
+        verdicts = [at_largest_scale(claim, groups)[1].verdict for claim in card.claims]
+        tally = [_badge(verdict, verdicts.count(verdict)) for verdict in MARKS if verdict in verdicts]
+        link = f'<a href="chapters/{card.id}.html">{html.escape(card.title)}</a> ({card.year})'
+        runs = [f"{label} ({seeds(len(group))})" for label, group in groups.items()]
+        rows.append((link, html.escape(", ".join(runs) or "none yet"), " ".join(tally)))
+    frame = pd.DataFrame(rows, columns=["chapter", "larger runs", "claims"])
+    return _html(table_html(frame, escape=False))
+
+
+def status(folder: Path | None = None) -> HTML:
+    """The last execution of each chapter: when, at which profile, how long, on what.
+
+    Args:
+        folder: holds one run folder for each chapter; by default the checkout's `_build/runs`.
+    """
+    import pandas as pd
+
+    root = repository_root()
+    folder = folder or (root / "_build" / "runs" if root else None)
+    found = sorted(folder.glob("*/record.json")) if folder else []
+    rows = []
+    for run in (records.read(path.parent) for path in found):
+        packages = run.get("packages", {})
+        shown = [f"{name} {packages[name]}" for name in ("python", "torch") if name in packages]
+        rows.append(
+            {
+                "chapter": run["chapter"],
+                "profile": run["profile"],
+                "minutes": f"{run['seconds'] / 60:.1f}",
+                "runtime": run.get("runtime", ""),
+                "hardware": ", ".join(str(value) for value in run.get("hardware", {}).values()),
+                "versions": ", ".join(shown),
+                "finished (UTC)": str(run["finished"])[:16].replace("T", " "),
+            }
+        )
+    if not rows:
+        return _html(_line("No chapter was executed for this build: the outputs shown are the stored ones."))
+    return _html(table_html(pd.DataFrame(rows)))
+
+
+def versions() -> HTML:
+    """Versions of Python, of the library and of the packages that can move a number, here and now."""
+    import pandas as pd
+
+    facts = records.provenance()
+    ours = {"dfkd_lib": facts["code"]["version"], "system": f"{platform.system()} {platform.machine()}"}
+    rows = list((facts["packages"] | ours).items())
+    return _html(table_html(pd.DataFrame(rows, columns=["package", "version"])))
+
+
+def hyperparameters(chapter: str, origins: Mapping[str, str]) -> HTML:
+    """Every parameter of a chapter with its value in each profile.
+
+    Args:
+        origins: where the value of the paper profile comes from, for those that come from somewhere; the other
+            parameters are this book's own.
+    """
+    import pandas as pd
+
+    known = parameters.parameters(chapter)
+    sets = {name: parameters.profile(chapter, name) for name in parameters.profiles(chapter)}
+    rows = [
+        {"parameter": name}
+        | {profile: _plain(values.get(name, parameter.default)) for profile, values in sets.items()}
+        | {"meaning": parameter.help, "origin": origins.get(name, "ours")}
+        for name, parameter in known.items()
+        if name not in ("profile", "seed", "device", "threads", "out")
+    ]
+    return _html(table_html(pd.DataFrame(rows)))
+
+
+def expectations(chapter: str) -> HTML:
+    """What each profile runs, how long it took and on what: from the committed records, where there are any."""
+    import pandas as pd
+
+    committed = records.committed(chapter)
+    rows = []
+    for name in parameters.profiles(chapter):
+        runs = [run for run in committed if run["profile"] == name]
+        took = [f"{run['seconds'] / 60:.0f} min ({run['run']}, {run['runtime'].split(', seed')[0]})" for run in runs]
+        note = parameters.profile_note(chapter, name) or "embedded data, every part of the chapter"
+        rows.append((name, note, "; ".join(took) or "not measured"))
+    return _html(table_html(pd.DataFrame(rows, columns=["profile", "what it runs", "minutes measured"])))
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def show(shown: HTML | str) -> None:
+    """Display HTML in a notebook."""
+    from IPython.display import HTML, display
+
+    display(HTML(shown) if isinstance(shown, str) else shown)
+
+
+def glue(name: str, shown: HTML) -> None:
+    """Show something and give it a name by which other pages of the book include it."""
+    from IPython.display import display
+
+    display(shown, metadata={"scrapbook": {"name": name, "mime_prefix": ""}})
+
+
+def table_html(frame: pd.DataFrame, caption: str = "", *, escape: bool = True) -> str:
+    """A table that scrolls sideways on a narrow screen, or stacks its cells there if it speaks of claims.
+
+    A `verdict` column is shown as badges.
+
+    Args:
+        escape: turn off only for cells that are HTML already.
+    """
+    head = "".join(f'<th scope="col">{html.escape(str(name))}</th>' for name in frame.columns)
+    body = "".join(
+        f"<tr>{''.join(_cell(name, row[name], escape) for name in frame.columns)}</tr>\n"
+        for row in frame.to_dict("records")
+    )
+    title = html.escape(caption)
+    stacked = " dfkd-stack" if {"claim", "claims"} & set(frame.columns) else ""
+    return (
+        (f'<p class="dfkd-caption">{title}</p>\n' if caption else "")
+        + f'<div class="dfkd-table{stacked}" role="region" tabindex="0" aria-label="{title or "table"}">'
+        + f'<table class="dataframe">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}</tbody></table></div>'
+    )
+
+
+def _cell(name: Any, value: Any, escape: bool) -> str:
+    text = _badge(value) if name == "verdict" else html.escape(str(value)) if escape else str(value)
+    text = re.sub(r" (?=[%±])|(?<=±) ", "&nbsp;", text)  # a figure stays on one line
+    return f'<td class="col-{_slug(name)}" data-label="{html.escape(str(name))}">{text}</td>'
+
+
+def _badge(verdict: str, count: int | None = None) -> str:
+    number = "" if count is None else f": {count}"
+    return f'<span class="verdict {_slug(verdict)}">{MARKS[verdict]} {verdict}{number}</span>'
+
+
+def _slug(text: Any) -> str:
+    return "".join(c if c.isalnum() else "-" for c in str(text).lower()).strip("-")
+
+
+def _line(text: str) -> str:
+    return f'<p class="dfkd-line">{html.escape(text)}</p>'
+
+
+def _html(*parts: str) -> HTML:
+    from IPython.display import HTML
+
+    return HTML("\n".join(parts))
+
+
+def _citation(card: Paper) -> str:
+    return f"{card.title} ({card.authors[0]} et al., {card.year}, arXiv {card.arxiv})"
+
+
+def _ours(values: Sequence[float | None]) -> str:
+    """Mean ± standard deviation in percent; how many runs diverged, if any did."""
+    finite = [value for value in values if value is not None]
+    diverged = len(values) - len(finite)
+    if not finite:
+        return "diverged" if diverged else ""
+    mean, sd = spread(finite)
+    text = percent(mean, sd if len(finite) > 1 else None)
+    return f"{text}, {diverged} of {len(values)} diverged" if diverged else text
+
+
+def _theirs(cell: Cell) -> str:
+    return "failed" if cell is None else percent(*cell)

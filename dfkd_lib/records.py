@@ -1,0 +1,107 @@
+"""What a run was and what came out: the only source of numbers in the book."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import math
+import platform
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .errors import DamagedFile
+from .files import read_json, write_json
+from .locations import PACKAGE, book_root
+
+SCHEMA = 1
+SCALES = ("paper", "gpu", "cpu", "smoke")
+_KEYS = {"schema", "chapter", "profile", "parameters", "seed", "metrics", "best", "seconds", "finished"}
+
+
+@cache
+def code_fingerprint() -> str:
+    """Hash of the library's source files, 12 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def provenance() -> dict[str, Any]:
+    """Versions of the code, of Python and of the packages that can move a number."""
+    packages = {}
+    for name in ("torch", "torchvision", "numpy", "scikit-learn"):
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = "absent"
+    code = {"version": __version__, "source": code_fingerprint()}
+    return {"code": code, "packages": {"python": platform.python_version(), **packages}}
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON knows no NaN: a figure that does not exist is null."""
+    return value if math.isfinite(value) else None
+
+
+def write(folder: Path, record: dict[str, Any]) -> Path:
+    """Write `folder/record.json`, whole or not at all, and return its path."""
+    path = folder / "record.json"
+    write_json(path, {"schema": SCHEMA, **record})
+    return path
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """Read `folder/record.json`; adds "run" (the folder's name) and "folder".
+
+    Raises:
+        DamagedFile: the file is no record of this schema.
+    """
+    path = folder / "record.json"
+    record = read_json(path)
+    if not isinstance(record, dict) or not record.keys() >= _KEYS or record["schema"] != SCHEMA:
+        raise DamagedFile(f"{path} is not a record of schema {SCHEMA}; run the chapter again to write it anew")
+    return {**record, "run": folder.name, "folder": folder}
+
+
+def committed(chapter: str | None = None) -> list[dict[str, Any]]:
+    """The records under `book/results`, of one chapter or of all, ordered by folder."""
+    return [read(path.parent) for path in sorted((book_root() / "results").glob(f"{chapter or '*'}/*/record.json"))]
+
+
+def label(record: dict[str, Any]) -> str:
+    """Profile of a record and the datasets it was evaluated on, such as "cpu mnist"."""
+    tested = dict.fromkeys(opened["name"] for opened in record.get("data", []) if opened["split"] == "test")
+    return " ".join([record["profile"], *tested])
+
+
+def group(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Records that differ by seed only, by label, the largest scale first.
+
+    Two groups that share profile and dataset but not the other parameters get a number behind the label.
+    """
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        rest = {k: v for k, v in record["parameters"].items() if k not in ("seed", "out", "device", "threads")}
+        groups.setdefault((record["chapter"], label(record), repr(sorted(rest.items()))), []).append(record)
+
+    def order(key: tuple[str, str, str]) -> tuple[int, str, int, str]:
+        profile = groups[key][0]["profile"].split("-")[0]
+        scale = SCALES.index(profile) if profile in SCALES else len(SCALES)
+        return scale, key[1], -len(groups[key]), key[2]
+
+    named: dict[str, list[dict[str, Any]]] = {}
+    for key in sorted(groups, key=order):
+        name, number = key[1], 2
+        while name in named:
+            name, number = f"{key[1]} ({number})", number + 1
+        named[name] = sorted(groups[key], key=lambda record: record["seed"])
+    return named

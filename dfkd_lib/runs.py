@@ -1,0 +1,117 @@
+"""The folder of one run: what was asked (`run.json`), whether it finished, and following it live."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from . import records
+from .errors import DamagedFile, InputError
+from .files import read_json, sha256, write_json
+from .parameters import notebook_path
+from .progress import clock, figures
+
+LOCK = ".run.lock"
+
+
+def begin(folder: Path, chapter: str, parameters: dict[str, Any], command: str) -> None:
+    """Note in a new or empty folder what is about to run.
+
+    Raises:
+        InputError: the folder holds a run, finished or not, or other files.
+    """
+    if is_finished(folder):
+        raise InputError(f"{folder} holds a finished run; choose another --out, or delete it")
+    if (folder / "run.json").exists():
+        raise InputError(f"{folder} holds an unfinished run; continue it with --resume {folder}, or delete it")
+    if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise InputError(f"{folder} is not empty and holds no run; choose another --out")
+    facts = {"chapter": chapter, "profile": parameters["profile"], "parameters": parameters, "command": command}
+    write_json(folder / "run.json", facts | made_of(chapter))
+
+
+def asked(folder: Path) -> dict[str, Any]:
+    """What `begin` noted: "chapter", "profile", "parameters", "command" and the keys of `made_of`.
+
+    Raises:
+        InputError: the folder holds no run.
+        DamagedFile: `run.json` lacks something.
+    """
+    path = folder / "run.json"
+    if not path.is_file():
+        raise InputError(f"{folder} holds no run to resume: there is no run.json in it")
+    facts = read_json(path)
+    if not isinstance(facts, dict) or not facts.keys() >= {"chapter", "profile", "parameters", "command"}:
+        raise DamagedFile(f"{path} does not describe a run; delete {folder} and run the chapter again")
+    return facts
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run came to its end: its notebook appears last."""
+    return (folder / "notebook.ipynb").is_file() and (folder / "record.json").is_file()
+
+
+def made_of(chapter: str) -> dict[str, str]:
+    """What a run's result depends on besides its parameters: fingerprints of the notebook and of the library."""
+    return {"notebook": sha256(notebook_path(chapter))[:12], "code": records.code_fingerprint()}
+
+
+class Follow:
+    """While it is open, shows the events that a chapter appends to a file.
+
+    On a terminal one line is kept up to date; elsewhere one line per finished fit goes to stderr. With
+    `as_json`, every event goes to stdout as it is.
+    """
+
+    def __init__(self, events: Path, *, as_json: bool = False) -> None:
+        self.events, self.as_json = events, as_json
+        self.live = sys.stderr.isatty() and not as_json
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._read = 0
+
+    def __enter__(self) -> Follow:
+        self.events.write_bytes(b"")
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end.set()
+        self._thread.join()
+        self._drain()
+        if self.live:
+            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+
+    def _work(self) -> None:
+        while not self._end.wait(0.2):
+            self._drain()
+
+    def _drain(self) -> None:
+        with open(self.events, "rb") as f:
+            f.seek(self._read)
+            whole, newline, _ = f.read().rpartition(b"\n")
+        self._read += len(whole) + len(newline)
+        for line in whole.decode("utf-8", "replace").splitlines():
+            if self.as_json:
+                print(line, flush=True)
+            else:
+                self._show(line)
+
+    def _show(self, line: str) -> None:
+        event = json.loads(line)
+        name, latest = event["fit"], figures(event.get("metrics", {}))
+        if event["event"] in ("done", "stopped"):
+            clear = "\r\x1b[2K" if self.live else ""
+            took = f"{event['event']} after {event['step']} steps, {clock(event['seconds'])}"
+            print(f"{clear}{name}: {took}, {latest}", file=sys.stderr, flush=True)
+        elif event["event"] == "progress" and self.live:
+            text = f"{name}: {event['step']}/{event['n_steps']}, {clock(event['eta'])} left, {latest}"
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\x1b[2K{text[:width]}", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,53 @@
+"""Shared fixtures: small players, caches of their own, one thread."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dfkd_lib.runtime import Runtime
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the user's cache, data or run folder."""
+    root: Path = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("DFKD_CACHE", str(root / "cache"))
+    for name in ("DFKD_DATA", "DFKD_OUT", "DFKD_EVENTS", "DFKD_BOOK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def classifier(width: int = 8, n_classes: int = 5) -> nn.Module:
+    """A small batch-norm classifier of 8x8 grey images."""
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, n_classes),
+    )  # fmt: skip
+
+
+def generator(latent_dim: int = 6) -> nn.Module:
+    """A small generator of 8x8 grey images."""
+    return nn.Sequential(
+        nn.Linear(latent_dim, 4 * 16), nn.Unflatten(1, (4, 4, 4)), nn.Upsample(scale_factor=2),
+        nn.Conv2d(4, 1, 3, padding=1), nn.BatchNorm2d(1, affine=False),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def float64() -> Runtime:
+    """Exact enough to compare two ways of computing the same thing."""
+    return Runtime.choose("cpu", "float64", seed=0)
+
+
+@pytest.fixture
+def float32() -> Runtime:
+    """What chapters use where outputs are compared."""
+    return Runtime.choose("cpu", "float32", seed=0)

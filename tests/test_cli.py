@@ -1,0 +1,194 @@
+"""The `dfkd` command: exit status, one-line errors, run folders, JSON lines, kill and resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import tiny_book
+
+from dfkd_lib.cli import main
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with the tiny book."""
+    tiny_book.write(tmp_path / "book")
+    monkeypatch.setenv("DFKD_BOOK", str(tmp_path / "book"))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(capsys: pytest.CaptureFixture[str], command: str, status: int = 2) -> str:
+    """Run a command that must fail with one line on stderr and nothing on stdout; returns the line."""
+    assert main(command.split()) == status
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("dfkd: error: ") and err.count("\n") == 1
+    return err
+
+
+@contextmanager
+def waiting_run(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """A `dfkd run` in another process, in the middle of its work."""
+    command = [sys.executable, "-m", "dfkd_lib", "run", "tiny", "-p", "mode", "wait", "--out", str(folder)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not (folder / "done.txt").exists():
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.05)
+            yield process
+        finally:
+            process.kill()
+
+
+def test_list_shows_chapters_profiles_and_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    assert capsys.readouterr().out == "tiny: A tiny chapter\n  smoke  a second\n  cpu    two seconds\n"
+    assert main(["list", "tiny"]) == 0
+    assert "lr = 0.5 (float)  (0..1] learning rate\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("run tinny", "unknown chapter 'tinny'; did you mean 'tiny'?"),
+        ("list tinny", "did you mean 'tiny'?"),
+        ("results tinny", "did you mean 'tiny'?"),
+        ("refresh tinny", "did you mean 'tiny'?"),
+        ("data mnits", "did you mean 'mnist'?"),
+        ("run tiny --profile cqu", "did you mean 'cpu'?"),
+        ("run tiny -p n_stepz 3", "did you mean 'n_steps'?"),
+        ("run tiny -p n_steps three", "must be of type int"),
+        ("run tiny -p n_steps 2.5", "must be of type int"),
+        ("run tiny -p n_steps 0", "must be in [1..100]"),
+        ("run tiny --seed -1", "must be in [0..]"),
+        ("run tiny -p mode dance", "must be in {work|"),
+        ("run tiny -p device cuda:99", "not present on this machine"),
+        ("run tiny -p device abacus", "unknown device"),
+        ("run tiny -p profile cpu", "set profile with --profile"),
+        ("run tiny -p out x", "set out with --out"),
+        ("run tiny -f none.yml", "cannot read none.yml"),
+        ("run tiny --resume nowhere", "no run to resume"),
+        ("run tiny --resume a --out b", "not allowed with"),
+        ("run", "CHAPTER"),
+        ("rum", "invalid choice"),
+        ("results --runs nowhere", "no folder nowhere"),
+        ("book --workers 0", "workers must be 1 or more"),
+    ],
+)
+def test_wrong_input_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str], command: str, words: str) -> None:
+    assert words in refused(capsys, command)
+    assert not Path("runs").exists(), "nothing may be left behind by a refused run"
+
+
+def test_a_run_from_start_to_results(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine.yml").write_text("lr: 0.125\nn_steps: 4\n")
+    assert main("run tiny --profile cpu --seed 3 -f mine.yml -p n_steps 2".split()) == 0
+    out, err = capsys.readouterr()
+    folder = Path("runs/tiny-cpu-seed3")
+    assert "toy/DFAD/accuracy  0.125" in out and str(folder) in out
+    assert err == "toy: done after 2 steps, 0:00, accuracy 0.125\n"
+    asked = json.loads((folder / "run.json").read_text())
+    assert asked["parameters"] == {"lr": 0.125, "n_steps": 2, "profile": "cpu", "seed": 3}
+    assert asked["command"] == "dfkd run tiny --profile cpu --seed 3 -f mine.yml -p n_steps 2"
+
+    record = (folder / "record.json").read_bytes()
+    assert "finished run" in refused(capsys, "run tiny --profile cpu --seed 3")
+    assert main(["run", "tiny", "--resume", str(folder)]) == 0
+    out, err = capsys.readouterr()
+    assert "is finished" in err and "toy/DFAD/accuracy  0.125" in out
+    assert (folder / "record.json").read_bytes() == record
+
+    assert main(["results"]) == 0
+    assert "0.125" in capsys.readouterr().out
+    assert main(["results", "tiny", "--csv"]) == 0
+    header, first, *_ = capsys.readouterr().out.splitlines()
+    assert header == "chapter,run,profile,seed,metric,final,best"
+    assert first == "tiny,tiny-cpu-seed3,cpu,3,toy/DFAD/accuracy,0.125,0.125"
+
+
+def test_json_lines_of_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "tiny", "--json", "--out", "a"]) == 0
+    out, err = capsys.readouterr()
+    events = [json.loads(line) for line in out.splitlines()]
+    assert [e["event"] for e in events] == ["start", "progress", "progress", "progress", "done", "finished"]
+    assert events[-1]["out"] == str(Path("a").resolve())
+    assert events[-1]["metrics"] == {"toy/DFAD/accuracy": 0.5, "toy/resumed/value": 0}
+    assert err == ""
+
+
+def test_a_failing_chapter_is_status_1_and_can_be_resumed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("run tiny --json --out a -p mode fail".split()) == 1
+    out, err = capsys.readouterr()
+    last = json.loads(out.splitlines()[-1])
+    assert last["event"] == "failed" and "ValueError: the toy broke (see" in last["error"]
+    assert err == f"dfkd: error: {last['error']}\n"
+    assert Path("a/notebook.partial.ipynb").exists() and not Path("a/notebook.ipynb").exists()
+    assert "--resume" in refused(capsys, "run tiny --out a")
+    assert "begun with mode = 'fail'" in refused(capsys, "run tiny --resume a -p mode work")
+    assert "begun with profile = 'smoke'" in refused(capsys, "run tiny --resume a --profile cpu")
+
+
+def test_input_that_only_the_chapter_can_refuse_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main("run tiny --out a -p mode refuse".split()) == 2
+    assert "no such dataset" in capsys.readouterr().err
+
+
+def test_a_folder_with_other_files_is_not_used(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a").mkdir()
+    Path("a/thesis.txt").write_text("mine")
+    assert "not empty" in refused(capsys, "run tiny --out a")
+    assert [path.name for path in Path("a").iterdir() if not path.name.startswith(".")] == ["thesis.txt"]
+
+
+def test_a_damaged_run_folder_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a").mkdir()
+    Path("a/run.json").write_text('{"chapter": "ti')
+    assert "run.json is not valid JSON" in refused(capsys, "run tiny --resume a", status=1)
+    Path("a/run.json").write_text("{}")
+    assert "does not describe a run" in refused(capsys, "run tiny --resume a", status=1)
+
+
+def test_a_killed_run_resumes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with waiting_run(here / "a") as process:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (here / "a" / "notebook.ipynb").exists() and not (here / "a" / "record.json").exists()
+    (here / "a" / "go").touch()
+    assert main(["run", "tiny", "--resume", "a"]) == 0
+    assert "toy/resumed/value  1" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals differ")
+def test_interrupt_says_how_to_resume_and_a_busy_folder_is_refused(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with waiting_run(here / "a") as process:
+        assert "in use by another process" in refused(capsys, "run tiny --resume a", status=1)
+        process.send_signal(signal.SIGINT)
+        assert process.stderr and process.stderr.read() == (
+            f"dfkd: interrupted; continue with: dfkd run tiny --resume {here / 'a'}\n"
+        )
+        assert process.wait() == 130
+
+
+def test_doctor_says_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert "runtime      cpu" in out and "digits         embedded" in out
+    assert "mnist          not there: dfkd data mnist" in out
+
+
+def test_an_embedded_dataset_needs_no_fetching(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "digits"]) == 0
+    assert "embedded" in capsys.readouterr().out

@@ -1,0 +1,65 @@
+"""Tables and pictures: what they show of the figures they are given."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dfkd_lib import plots
+from dfkd_lib.display import percent, show_source, summary, table
+from dfkd_lib.losses import mae
+
+
+@pytest.mark.parametrize(
+    ("value", "spread", "text"),
+    [(0.98349, None, "98.3"), (0.5, 0.0123, "50.0 ± 1.2"), (None, None, "-"), (float("nan"), None, "-")],
+)
+def test_percent(value, spread, text):
+    assert percent(value, spread) == text
+
+
+def test_summary_uses_the_sample_deviation_and_leaves_out_what_diverged():
+    records = [{"metrics": {"a": v}, "best": {}} for v in (0.9, 0.8, None)]
+    assert summary(records, "a") == "85.0 ± 7.1"
+    assert summary(records[:1], "a") == "90.0"
+    assert summary(records, "b") == summary(records, "a", "best") == "-"
+
+
+def test_tables_keep_the_order_and_mark_what_is_missing():
+    shown = table({"b": {"x": "1"}, "a": {"y": "2"}})
+    assert list(shown.index) == ["b", "a"]
+    assert shown.loc["a", "x"] == "-"
+
+
+def test_the_source_shown_is_the_library_without_its_docstring(capsys):
+    show_source(mae)
+    shown = capsys.readouterr().out
+    assert "l1_loss" in shown
+    assert "Mean absolute" not in shown
+
+
+def test_a_grid_holds_every_image_once_and_clamps():
+    images = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 1, 2, 3) - 1
+    sheet = plots.grid(images, columns=2)
+    assert sheet.shape == (9, 8, 3)
+    assert sheet[0, 0, 0] == 0 and sheet[0, 4, 0] == 0 and sheet[3, 4, 0] == 1
+
+
+def test_a_method_keeps_its_colour_and_the_longest_name_wins():
+    assert plots.colour_of("DFAD log") == plots.colour_of("DFAD")
+    assert plots.colour_of("KD related") != plots.colour_of("KD original")
+
+
+def test_masks_are_painted_by_class_and_void_is_white():
+    painted = plots.paint(torch.tensor([[[0, 1], [1, 11]]]), void=11)
+    assert painted.shape == (1, 3, 2, 2)
+    assert torch.equal(painted[0, :, 0, 1], painted[0, :, 1, 0])
+    assert painted[0, :, 1, 1].tolist() == [1, 1, 1]
+
+
+def test_figures_can_be_drawn():
+    figure, (left, right) = plots.axes(2)
+    plots.curves(left, {"DFAD": [(1, 0.5), (2, 0.6)], "RANDOM": [(1, 0.1)]}, x_label="x", y_label="y", log="x")
+    plots.bars(right, {"DFAD": 0.9, "MSE": None}, x_label="accuracy")
+    figure.canvas.draw()
+    assert [text.get_text() for text in right.texts] == ["90.0", "diverged"]

@@ -1,0 +1,86 @@
+"""Teachers are trained once, found again, and refused when damaged."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dfkd_lib import teachers
+from dfkd_lib.data import load
+from dfkd_lib.errors import DamagedFile, DFKDError
+from dfkd_lib.methods.supervised import Recipe
+from dfkd_lib.runtime import Runtime
+from dfkd_lib.teachers import Teacher, train_or_load
+
+QUICK = Recipe(epochs=1, batch_size=64, lr=0.05, schedule="one-cycle")
+
+
+def ask(recipe: Recipe = QUICK, seed: int = 0) -> Teacher:
+    runtime = Runtime.choose("cpu", "float32", seed=seed)
+    return train_or_load("digits_cnn_half", load("digits", "train"), load("digits", "test"), recipe, runtime)
+
+
+def test_the_second_request_trains_nothing(monkeypatch):
+    first = ask()
+    monkeypatch.setattr(teachers, "_train", None)
+    second = ask()
+    assert first.facts == second.facts
+    for name, value in first.module.state_dict().items():
+        assert torch.equal(value, second.module.state_dict()[name])
+    assert not second.module.training
+    assert not any(p.requires_grad for p in second.module.parameters())
+
+
+def test_what_determines_the_weights_is_part_of_the_name():
+    paths = {ask().path, ask(replace(QUICK, lr=0.06)).path, ask(seed=1).path}
+    assert len(paths) == 3
+
+
+def test_the_facts_tell_recipe_data_and_figure():
+    teacher = ask()
+    facts = json.loads(teacher.path.with_suffix(".json").read_text())
+    assert facts["recipe"]["lr"] == 0.05
+    assert facts["data"]["fingerprint"] == load("digits", "train").fingerprint
+    assert 0 < facts["test"]["accuracy"] <= 1
+
+
+@pytest.mark.parametrize("damage", ["weights cut", "weights gone", "facts cut", "facts of something else"])
+def test_damaged_files_are_named_with_the_remedy(damage):
+    path = ask().path
+    facts = path.with_suffix(".json")
+    if damage == "weights cut":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "weights gone":
+        path.unlink()
+    else:
+        facts.write_text(facts.read_text()[:40] if damage == "facts cut" else "{}")
+    with pytest.raises(DamagedFile, match=r"digits-digits_cnn_half.*delete"):
+        ask()
+
+
+def test_deleting_what_the_message_names_mends_it():
+    teacher = ask()
+    teacher.path.write_bytes(b"")
+    with pytest.raises(DFKDError) as error:
+        ask()
+    assert str(teacher.path.with_suffix(".json")) in str(error.value)
+    teacher.path.with_suffix(".json").unlink()
+    assert ask().facts["sha256"] == teacher.facts["sha256"]
+
+
+def test_two_processes_train_one_teacher_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("DFKD_EVENTS", str(tmp_path / "events.jsonl"))
+    code = "import torch; torch.set_num_threads(1); import test_teachers; print(test_teachers.ask().facts['sha256'])"
+    running = [
+        subprocess.Popen([sys.executable, "-c", code], cwd="tests", stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    sums = {process.communicate()[0].strip() for process in running}
+    assert len(sums) == 1
+    assert all(process.returncode == 0 for process in running)
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert sum(event["event"] == "start" for event in events) == 1
