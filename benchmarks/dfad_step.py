@@ -23,16 +23,16 @@ from dfkd_lib.methods.dfad import DFAD, Settings
 from dfkd_lib.runtime import PRECISIONS, Runtime
 
 BATCH, LATENT, K, SHAPE = 128, 256, 5, (3, 32, 32)
-STATISTICS = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010)}
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 SETTINGS = Settings(latent_dim=LATENT, batch_size=BATCH, k=K, lr_student=0.1, weight_decay=5e-4)
 
 
 def players(teacher: str = "wrn40_2", student: str = "wrn16_1") -> tuple[nn.Module, nn.Module, nn.Module]:
     """Teacher, student and generator A, the same weights at each call."""
     torch.manual_seed(0)
-    build = {"n_classes": 10, "in_channels": 3, **STATISTICS}
-    generator = models.build_generator("generator_a", latent_dim=LATENT, image_shape=SHAPE, **STATISTICS)
-    return models.build(teacher, **build), models.build(student, **build), generator
+    networks = [models.build(name, n_classes=10, in_channels=3, mean=MEAN, std=STD) for name in (teacher, student)]
+    generator = models.build_generator("generator_a", latent_dim=LATENT, image_shape=SHAPE, mean=MEAN, std=STD)
+    return networks[0], networks[1], generator
 
 
 class PlainLoop:
@@ -42,8 +42,9 @@ class PlainLoop:
         self, teacher: nn.Module, student: nn.Module, generator: nn.Module, settings: Settings, runtime: Runtime
     ) -> None:
         self.settings, self.dtype = settings, runtime.dtype
-        self.teacher, self.student, self.generator = (m.to(runtime.device, runtime.dtype) for m in (teacher, student, generator))
-        self.teacher.eval()
+        self.teacher = teacher.to(runtime.device, runtime.dtype).eval()
+        self.student = student.to(runtime.device, runtime.dtype).train()
+        self.generator = generator.to(runtime.device, runtime.dtype).train()
         self.opt_s = torch.optim.SGD(
             self.student.parameters(), settings.lr_student, settings.momentum, weight_decay=settings.weight_decay
         )

@@ -102,7 +102,7 @@ def _folder(root: Path, chapter: str, profile: str) -> Path:
 
 
 def _run_chapters(root: Path, chapters: list[str], profile: str, workers: int) -> None:
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, (os.cpu_count() or 1) // max(1, min(workers, len(chapters))))
     with ThreadPoolExecutor(workers) as pool:
         done = list(pool.map(lambda chapter: _run_chapter(root, chapter, profile, threads), chapters))
     if failed := [chapter for chapter, ok in zip(chapters, done, strict=True) if not ok]:

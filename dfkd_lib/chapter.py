@@ -2,7 +2,8 @@
 
 A notebook makes one `Chapter` after its parameters cell, sends each experiment through :meth:`Chapter.fit`, and
 calls :meth:`Chapter.finish` at its end. With a folder (parameter `out`, or DFKD_OUT), finished experiments are
-kept there, a killed chapter continues where it was, and the record appears; without one, nothing is kept.
+kept there, a killed chapter continues where it was, and the record appears; without one, nothing is kept. Running
+experiments are saved every 20 seconds, or every DFKD_CHECKPOINT_SECONDS.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from . import data, records
 from .errors import NonFiniteLoss
-from .files import lock, replace_file, write_text
+from .files import lock, remove_leftovers, replace_file, write_text
 from .fit import Fit, Method, fit
 from .parameters import parameters
 from .progress import emit
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
     from matplotlib.figure import Figure
 
-CHECKPOINT_EVERY = 20.0  # seconds
 FOLDER_PATIENCE = 30.0  # seconds: a killed run's kernel outlives it for a moment
 
 
@@ -70,6 +70,7 @@ class Chapter:
         if self.out:
             self._held.enter_context(lock(self.out / ".lock", timeout=FOLDER_PATIENCE, what=f"folder {self.out}"))
             atexit.register(self._held.close)
+            remove_leftovers(self.out)
         print(f"{name}, profile {chosen['profile']}: {self.runtime.describe()}")
 
     def fit(
@@ -99,7 +100,7 @@ class Chapter:
                 eval_every=eval_every,
                 watch=watch,
                 checkpoint=checkpoint,
-                checkpoint_every=CHECKPOINT_EVERY,
+                checkpoint_every=float(os.environ.get("DFKD_CHECKPOINT_SECONDS", "20")),
             )
         except NonFiniteLoss as e:
             if not may_diverge:

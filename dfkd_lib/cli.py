@@ -151,6 +151,8 @@ def _run_or_resume(args: argparse.Namespace) -> dict[str, Any]:
     if args.resume:
         noted = runs.asked(folder)
         given, command = _agreed(args, noted, given), noted["command"]
+        if not runs.made_of(args.chapter).items() <= noted.items():
+            print("dfkd: note: the chapter or the library has changed since this run began", file=sys.stderr)
     _check_device(args.chapter, given)
     with lock(folder / runs.LOCK, timeout=0, what=f"run folder {folder}"):
         if not args.resume:

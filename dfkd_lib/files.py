@@ -16,6 +16,9 @@ from filelock import FileLock, Timeout
 from .errors import DamagedFile, DFKDError
 
 
+PART = ".part"
+
+
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it takes the name `path`, on failure it vanishes.
@@ -29,7 +32,7 @@ def replace_file(path: Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PART)
         temporary = Path(name)
         os.close(handle)
         yield temporary
@@ -45,6 +48,12 @@ def replace_file(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files that killed processes left in a folder which nobody else is writing to."""
+    for leftover in folder.rglob(f".*{PART}"):
+        leftover.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

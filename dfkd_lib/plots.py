@@ -96,8 +96,9 @@ def show_images(axis: Axes, images: Tensor, titles: Sequence[str] | None = None,
     axis.set_axis_off()
     height, width = images.shape[-2] + 1, images.shape[-1] + 1
     for i, title in enumerate(titles or ()):
-        axis.text((i % columns + 0.5) * width, (i // columns + 1) * height - 1, title, ha="center", va="bottom",
-                  fontsize=6.5, color="white", bbox={"facecolor": "black", "alpha": 0.6, "pad": 0.8, "lw": 0})  # fmt: skip
+        box = {"facecolor": "black", "alpha": 0.6, "pad": 0.8, "lw": 0}
+        at = (i % columns + 0.5) * width, (i // columns + 1) * height - 1
+        axis.text(*at, title, ha="center", va="bottom", fontsize=6.5, color="white", bbox=box)
 
 
 def grid(images: Tensor, columns: int = 8) -> Tensor:
@@ -116,7 +117,7 @@ def paint(masks: Tensor, void: int | None = None) -> Tensor:
     """Class masks [N, H, W] as images [N, 3, H, W] in [0, 1]; class 0 dark, void white."""
     import matplotlib
 
-    wheel = torch.tensor(matplotlib.colormaps["tab20"].colors)
+    wheel = torch.tensor([matplotlib.colormaps["tab20"](i)[:3] for i in range(20)], dtype=torch.float32)
     palette = torch.cat([torch.full((1, 3), 0.12), wheel])
     painted = palette[masks.long().cpu() % len(palette)].permute(0, 3, 1, 2)
     if void is not None:

@@ -51,7 +51,8 @@ class Progress:
         self.shown = now
         seconds = now - self.start
         left = seconds / max(1, step - self.first) * (self.n_steps - step)
-        emit("progress", fit=self.name, step=step, n_steps=self.n_steps, seconds=seconds, eta=left, metrics=self.metrics)
+        facts = {"step": step, "n_steps": self.n_steps, "seconds": seconds, "eta": left, "metrics": self.metrics}
+        emit("progress", fit=self.name, **facts)
         self._show(f"{self.name}: {step}/{self.n_steps}, {clock(left)} left{memory()}, {figures(self.metrics)}")
 
     def _show(self, line: str) -> None:

@@ -98,7 +98,7 @@ class Runtime:
         """Move a module to the device, data type and memory format of this run; compile it if the run asks so."""
         module = module.to(self.device, self.dtype)
         if self.channels_last:
-            module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            module = module.to(memory_format=torch.channels_last)
         if self.compile:
             module.compile()
         return module

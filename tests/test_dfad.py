@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from conftest import classifier, generator
 from torch import nn
 
+from benchmarks.dfad_step import SETTINGS, PlainLoop
+from benchmarks.dfad_step import players as benchmark_players
 from dfkd_lib.errors import InputError
 from dfkd_lib.methods.dfad import DFAD, Settings
 from dfkd_lib.runtime import Runtime
@@ -106,36 +108,27 @@ def test_log_generator_loss_divides_the_generator_gradient(float64):
         assert torch.allclose(compressed, plain / (1 + discrepancy), atol=1e-12)
 
 
-def literal_iteration(teacher, student, generator, opt_s, opt_g, noise, settings):
-    """The sheet's loop word for word: nothing frozen, gradients left to accumulate where they may."""
-    for _ in range(settings.k):
-        z = torch.randn(settings.batch_size, settings.latent_dim, generator=noise, dtype=torch.float64)
-        fake = generator(z).detach()
-        loss = F.l1_loss(student(fake), teacher(fake).detach())
-        opt_s.zero_grad()
-        loss.backward()
-        opt_s.step()
-    z = torch.randn(settings.batch_size, settings.latent_dim, generator=noise, dtype=torch.float64)
-    fake = generator(z)
-    loss = -F.l1_loss(student(fake), teacher(fake))
-    opt_g.zero_grad()
-    loss.backward()
-    opt_g.step()
-
-
-def test_three_iterations_equal_the_literal_loop(float64):
-    method = game(float64)
-    teacher, student, generator = (m.double() for m in players())
-    teacher.eval()
-    opt_s = torch.optim.SGD(student.parameters(), SMALL.lr_student, momentum=0.9, weight_decay=SMALL.weight_decay)
-    opt_g = torch.optim.Adam(generator.parameters(), SMALL.lr_generator)
-    noise = float64.stream("dfad noise")
+def test_three_iterations_equal_the_plain_loop(float64):
+    ours, plain = game(float64), PlainLoop(*players(), SMALL, float64)
     for _ in range(3):
-        method.step()
-        literal_iteration(teacher, student, generator, opt_s, opt_g, noise, SMALL)
-    for ours, plain in ((method.student, student), (method.generator, generator)):
-        for name, value in plain.state_dict().items():
-            assert torch.allclose(ours.state_dict()[name], value, atol=1e-12), name
+        ours.step()
+        plain.step()
+    for mine, theirs in ((ours.student, plain.student), (ours.generator, plain.generator)):
+        for name, value in theirs.state_dict().items():
+            assert torch.allclose(mine.state_dict()[name], value, atol=1e-12), name
+
+
+def test_three_iterations_of_wide_resnets_equal_the_plain_loop(float64):
+    """The benchmark's own networks, at a batch that a test can afford."""
+    small = replace(SETTINGS, batch_size=4, k=2)
+    names = ("wrn16_2", "wrn16_1")
+    ours = DFAD(*benchmark_players(*names), small, float64)
+    plain = PlainLoop(*benchmark_players(*names), small, float64)
+    for _ in range(3):
+        ours.step()
+        plain.step()
+    for name, value in plain.student.state_dict().items():
+        assert torch.allclose(ours.student.state_dict()[name], value, rtol=1e-7, atol=1e-9), name
 
 
 def test_seeds_decide_the_losses():
@@ -157,12 +150,12 @@ def test_generator_steps_raise_the_discrepancy_and_student_steps_lower_it(float3
         x = method.generator(z)
         return F.l1_loss(method.student(x), method.teacher(x))
 
-    before = float(discrepancy())
+    before = discrepancy().item()
     for _ in range(20):
         optimizer.zero_grad()
         (-discrepancy()).backward()
         optimizer.step()
-    raised = float(discrepancy())
+    raised = discrepancy().item()
     assert raised > before
 
     fake = method.generator(z).detach()
@@ -203,7 +196,7 @@ def test_state_round_trip_continues_the_same_game(float32):
 
 @pytest.mark.parametrize(
     ("bad", "named"),
-    [({"loss": "MEA"}, "MAE"), ({"k": 0}, "k must"), ({"batch_size": 1}, "batch_size"), ({"lr_student": -1}, "lr_student")],
+    [({"loss": "MEA"}, "MAE"), ({"k": 0}, "k must"), ({"batch_size": 1}, "batch_size"), ({"lr_student": -1}, "lr_")],
 )
 def test_bad_settings_are_named(bad, named):
     with pytest.raises(InputError, match=named):

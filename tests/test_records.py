@@ -6,13 +6,13 @@ import json
 import math
 
 import pytest
+from conftest import classifier, generator
 
 from dfkd_lib import records
 from dfkd_lib.chapter import Chapter
 from dfkd_lib.errors import DamagedFile, DFKDError
 from dfkd_lib.methods.dfad import DFAD, Settings
 from dfkd_lib.parameters import parameters
-from conftest import classifier, generator  # isort: skip
 
 
 def record(**changes) -> dict:

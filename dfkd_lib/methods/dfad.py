@@ -131,8 +131,9 @@ class DFAD:
         factor = drops(self.steps, self.settings.milestones, self.settings.drop_factor)
         set_lr(self.student_optimizer, self.settings.lr_student * factor)
         set_lr(self.generator_optimizer, self.settings.lr_generator * factor)
-        steps = torch.stack([torch.stack(self.imitate()) for _ in range(self.settings.k)])
-        metrics = dict(zip(("discrepancy", "relative discrepancy"), steps.mean(0), strict=True))
+        imitation = torch.stack([torch.stack(self.imitate()) for _ in range(self.settings.k)])
+        discrepancy, relative = imitation.mean(0)
+        metrics = {"discrepancy": discrepancy, "relative discrepancy": relative}
         for _ in range(self.settings.generator_steps):
             metrics["generator loss"] = self.generate()
         self.steps += 1
@@ -159,7 +160,8 @@ class DFAD:
         with no_weight_gradients(self.student):
             with self.runtime.autocast():
                 x = self.generator(self.sample_noise())
-                s, t = self.student(x).to(self.runtime.dtype), self.teacher(x).to(self.runtime.dtype)
+                s = self.student(x).to(self.runtime.dtype)
+                t = self.teacher(x).to(self.runtime.dtype)
                 loss = generation_loss(s, t, self.settings)
             update(self.generator_optimizer, loss, self.generator_scaler)
         self.student.train()
