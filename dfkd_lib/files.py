@@ -15,7 +15,6 @@ from filelock import FileLock, Timeout
 
 from .errors import DamagedFile, DFKDError
 
-
 PART = ".part"
 
 

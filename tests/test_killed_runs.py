@@ -13,8 +13,9 @@ from pathlib import Path
 from dfkd_lib import checkpoints, records
 
 COMMAND = [sys.executable, "-m", "dfkd_lib", "run", "dfad"]
-SHORT = ["-p", "parts", '["comparison"]', "-p", "n_steps", "10", "-p", "teacher_epochs", "1", "-p", "scratch_epochs", "1"]
-KILLS = int(os.environ.get("DFKD_TEST_KILLS", "3"))
+VALUES = {"parts": '["comparison"]', "n_steps": "10", "teacher_epochs": "1", "scratch_epochs": "1"}
+SHORT = [word for pair in VALUES.items() for word in ("-p", *pair)]
+KILLS = int(os.environ.get("DFKD_TEST_KILLS", "1"))
 
 
 def start(*words: str) -> subprocess.Popen[str]:
