@@ -11,7 +11,6 @@ from __future__ import annotations
 import atexit
 import os
 import re
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,7 +23,6 @@ from .errors import NonFiniteLoss
 from .files import lock, remove_leftovers, replace_file, write_text
 from .fit import Fit, Method, fit
 from .parameters import parameters
-from .progress import emit
 from .runtime import Runtime, hardware
 
 if TYPE_CHECKING:
@@ -65,7 +63,6 @@ class Chapter:
         self.best: dict[str, float | None] = {}
         self.fits: dict[str, Fit] = {}
         self.teachers: list[dict[str, Any]] = []
-        self.start = time.perf_counter()
         self._held = ExitStack()
         if self.out:
             self._held.enter_context(lock(self.out / ".lock", timeout=FOLDER_PATIENCE, what=f"folder {self.out}"))
@@ -156,7 +153,6 @@ class Chapter:
         if self.out:
             write_text(self.out / "history.csv", _history_csv(self.fits))
             records.write(self.out, record)
-        emit("section", fit="record", metrics={})
         return record
 
 

@@ -40,7 +40,7 @@ RECIPES = {
     "svhn": Recipe(epochs=40, lr=0.1, nesterov=True, schedule="cosine"),
     "cifar10": _CIFAR,
     "cifar100": _CIFAR,
-    "camvid": Recipe(200, batch_size=16, lr=0.1, schedule="milestones", milestones=(0.5,), crop=128, loss="focal"),
+    "camvid": Recipe(epochs=200, batch_size=16, lr=0.1, schedule="one-cycle", crop=128),
 }
 
 
