@@ -44,12 +44,14 @@ def comparison(paper_id: str, experiment: str, runs: Sequence[Record]) -> pd.Dat
     Returns:
         method, final, best, and one column for each published table that has the runs' dataset. Where the
         paper names a method otherwise than our chapter does, its name follows in brackets. No rows if nothing
-        was measured.
+        but the teacher was measured.
     """
     import pandas as pd
 
     keys = dict.fromkeys(key for run in runs for key in run["metrics"] if key.startswith(f"{experiment}/"))
     rows = [(key.split("/")[1], key) for key in keys]
+    if {row for row, _ in rows} == {"teacher"}:
+        rows = []
     columns = {
         heading: {row: _ours([run[part][key] for run in runs if key in run[part]]) for row, key in rows}
         for heading, part in (("final", "metrics"), ("best", "best"))

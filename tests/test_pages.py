@@ -66,6 +66,13 @@ def test_comparison_puts_our_figures_beside_the_published_ones(book: Path) -> No
     assert len(pages.comparison("dfad", "segmentation", runs)) == 0
 
 
+def test_a_run_of_another_part_of_the_chapter_has_no_table(book: Path) -> None:
+    run = commit(book, "scenes", "cpu")
+    run["metrics"] = {"classification/teacher/accuracy": 0.99, "segmentation/DFAD log/mean IoU": 0.4}
+    assert len(pages.comparison("dfad", "classification", [run])) == 0
+    assert len(pages.comparison("dfad", "segmentation", [run])) == 1
+
+
 def test_comparison_has_every_table_of_the_dataset_or_none(book: Path) -> None:
     cifar = pages.comparison("dfad", "classification", [commit(book, "gpu", "gpu", dataset="cifar10")])
     assert list(cifar.columns) == ["method", "final", "best", "Table 2, CIFAR-10", "mmrazor, CIFAR-10"]
