@@ -41,7 +41,8 @@ class Chapter:
         namespace: the notebook's `globals()`; the values of the chapter's parameters are taken from it.
 
     Attributes:
-        runtime: chosen from the parameters device, precision, seed and threads.
+        runtime: chosen from the parameters device, precision, seed and threads, and where the chapter has them
+            layout ("auto", "channels-last" or "contiguous") and compile_networks.
         metrics, best: figures so far, `<experiment>/<row>/<measure>`: final ones, and the best of all evaluations.
         fits: the finished runs by name.
 
@@ -55,7 +56,12 @@ class Chapter:
         self.parameters = {key: namespace[key] for key in parameters(name) if key in namespace}
         chosen = self.parameters
         self.runtime = Runtime.choose(
-            chosen["device"], chosen["precision"], seed=chosen["seed"], threads=chosen["threads"]
+            chosen["device"],
+            chosen["precision"],
+            seed=chosen["seed"],
+            channels_last={"channels-last": True, "contiguous": False}.get(chosen.get("layout", "auto")),
+            compile=chosen.get("compile_networks", False),
+            threads=chosen["threads"],
         )
         out = chosen["out"] or os.environ.get("DFKD_OUT", "")
         self.out = Path(out).expanduser().resolve() if out else None

@@ -40,21 +40,6 @@ def percent(value: float | None, spread: float | None = None, digits: int = 1) -
     return f"{100 * value:.{digits}f}" + (f" ± {100 * spread:.{digits}f}" if spread is not None else "")
 
 
-def summary(records: list[Mapping[str, Any]], key: str, part: str = "metrics") -> str:
-    """Mean ± standard deviation, in percent, of one figure over records that differ by seed.
-
-    Args:
-        part: "metrics" (final) or "best".
-    """
-    values = [record[part][key] for record in records if record[part].get(key) is not None]
-    if not values:
-        return "-"
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return percent(mean)
-    return percent(mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1)))
-
-
 def table(rows: Mapping[str, Mapping[str, str]], index: str = "") -> pd.DataFrame:
     """A table of texts, one row per key, in the order given; what is missing is "-".
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import parameters, records
+from . import papers, parameters, records
 from .display import percent
 from .locations import repository_root
-from .papers import Cell, Claim, Paper, Record, Verdict, judge, paper, paper_ids, seeds, spread
+from .papers import Cell, Claim, Paper, Record, Verdict, judge, paper, paper_ids, seeds
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,7 +53,7 @@ def comparison(paper_id: str, experiment: str, runs: Sequence[Record]) -> pd.Dat
     if {row for row, _ in rows} == {"teacher"}:
         rows = []
     columns = {
-        heading: {row: _ours([run[part][key] for run in runs if key in run[part]]) for row, key in rows}
+        heading: {row: papers.percent([run[part][key] for run in runs if key in run[part]]) for row, key in rows}
         for heading, part in (("final", "metrics"), ("best", "best"))
     }
     names: dict[str, str] = {}
@@ -259,17 +259,6 @@ def _html(*parts: str) -> HTML:
 
 def _citation(card: Paper) -> str:
     return f"{card.title} ({card.authors[0]} et al., {card.year}, arXiv {card.arxiv})"
-
-
-def _ours(values: Sequence[float | None]) -> str:
-    """Mean ± standard deviation in percent; how many runs diverged, if any did."""
-    finite = [value for value in values if value is not None]
-    diverged = len(values) - len(finite)
-    if not finite:
-        return "diverged" if diverged else ""
-    mean, sd = spread(finite)
-    text = percent(mean, sd if len(finite) > 1 else None)
-    return f"{text}, {diverged} of {len(values)} diverged" if diverged else text
 
 
 def _theirs(cell: Cell) -> str:

@@ -175,10 +175,18 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def percent(values: Sequence[float]) -> str:
-    """Fractions as "98.3 ± 0.1 %", or "98.3 %" for a single value."""
-    mean, sd = spread(values)
-    return f"{display.percent(mean, sd if len(values) > 1 else None)} %"
+def percent(values: Sequence[float | None], unit: str = "") -> str:
+    """Fractions over seeds as "98.3 ± 0.1", or "98.3" for a single one; None is a run that diverged.
+
+    The mean is that of the runs that came to an end; how many did not is said behind it.
+    """
+    finite = [value for value in values if value is not None]
+    diverged = len(values) - len(finite)
+    if not finite:
+        return "diverged" if diverged else ""
+    mean, sd = spread(finite)
+    text = display.percent(mean, sd if len(finite) > 1 else None) + unit
+    return f"{text}, {diverged} of {len(values)} diverged" if diverged else text
 
 
 def seeds(n: int) -> str:
@@ -194,7 +202,7 @@ def _named(kind: str, id: str, items: dict[str, Item]) -> Item:
 
 def _judge(evidence: Evidence, records: Sequence[Record]) -> Verdict:
     values = [
-        {key: record["metrics"][key] or 0.0 for key in evidence.metrics}
+        {key: record["metrics"][key] for key in evidence.metrics}
         for record in records
         if record["metrics"].keys() >= set(evidence.metrics)
         and not (evidence.of and not record["metrics"][evidence.of])
@@ -212,32 +220,33 @@ def _judge(evidence: Evidence, records: Sequence[Record]) -> Verdict:
     return Verdict(verdict, f"{_figures(evidence, values)}, {seeds(n)}", n)
 
 
-def _margin(evidence: Evidence, value: dict[str, float]) -> float:
-    """How far above the bound a run is; rounded, so that a figure equal to the bound meets it."""
-    margin = value[evidence.metric]
+def _margin(evidence: Evidence, value: dict[str, float | None]) -> float:
+    """How far above the bound a run is, 0 for what diverged; rounded, so that equality meets the bound."""
+    margin = value[evidence.metric] or 0.0
     if evidence.than:
-        margin -= value[evidence.than]
+        margin -= value[evidence.than] or 0.0
     if evidence.of:
-        margin /= value[evidence.of]
+        margin /= value[evidence.of] or 1.0
     return round(margin - evidence.at_least, 9)
 
 
-def _figures(evidence: Evidence, values: Sequence[dict[str, float]]) -> str:
+def _figures(evidence: Evidence, values: Sequence[dict[str, float | None]]) -> str:
     texts = {key: f"{key.split('/')[1]} {_amount(key, [v[key] for v in values])}" for key in evidence.metrics}
     ours = texts[evidence.metric]
     if evidence.than:
         return f"{ours} against {texts[evidence.than]}"
     if evidence.of:
-        ratio = percent([value[evidence.metric] / value[evidence.of] for value in values])
+        ratios = [(value[evidence.metric] or 0.0) / (value[evidence.of] or 1.0) for value in values]
+        ratio = percent(ratios, " %")
         return f"{ours} of {texts[evidence.of]}, a ratio of {ratio}"
     return ours
 
 
-def _amount(key: str, values: Sequence[float]) -> str:
+def _amount(key: str, values: Sequence[float | None]) -> str:
     """Values of a metric in words: a bare number where the measure is called `value`, else percent."""
     if not key.endswith("/value"):
-        return percent(values)
-    mean, sd = spread(values)
+        return percent(values, " %")
+    mean, sd = spread([value or 0.0 for value in values])
     return f"{mean:.2g} ± {sd:.1g}" if sd else f"{mean:.2g}"
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dfkd_lib import plots
-from dfkd_lib.display import percent, show_source, summary, table
+from dfkd_lib.display import percent, show_source, table
 from dfkd_lib.losses import mae
 
 
@@ -16,13 +16,6 @@ from dfkd_lib.losses import mae
 )
 def test_percent(value, spread, text):
     assert percent(value, spread) == text
-
-
-def test_summary_uses_the_sample_deviation_and_leaves_out_what_diverged():
-    records = [{"metrics": {"a": v}, "best": {}} for v in (0.9, 0.8, None)]
-    assert summary(records, "a") == "85.0 ± 7.1"
-    assert summary(records[:1], "a") == "90.0"
-    assert summary(records, "b") == summary(records, "a", "best") == "-"
 
 
 def test_tables_keep_the_order_and_mark_what_is_missing():

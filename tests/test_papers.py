@@ -188,3 +188,9 @@ def test_a_card_that_is_not_yaml(tmp_path: Path) -> None:
     with pytest.raises(DamagedFile, match="not valid YAML") as caught:
         papers.read_card(target)
     assert "\n" not in str(caught.value)
+
+
+def test_seeds_are_summed_up_with_the_sample_deviation_and_divergence_is_told():
+    assert papers.percent([0.9, 0.8]) == "85.0 ± 7.1"
+    assert papers.percent([0.9, 0.8, None], " %") == "85.0 ± 7.1 %, 1 of 3 diverged"
+    assert papers.percent([None]) == "diverged"

@@ -81,6 +81,13 @@ def test_a_chapter_leaves_its_record_history_and_checkpoints(tmp_path):
     assert (tmp_path / "checkpoints" / "a-DFAD.safetensors").is_file()
 
 
+def test_every_choice_of_the_runtime_is_a_parameter():
+    chosen = namespace(precision="bfloat16", layout="contiguous", compile_networks=True, seed=4)
+    runtime = Chapter("dfad", chosen).runtime
+    assert (runtime.precision, runtime.channels_last, runtime.compile, runtime.seed) == ("bfloat16", False, True, 4)
+    assert Chapter("dfad", namespace(precision="bfloat16")).runtime.channels_last
+
+
 def test_a_chapter_without_a_folder_keeps_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     chapter = Chapter("dfad", namespace())
