@@ -138,15 +138,22 @@ def fit(
 
 
 def _means(pending: list[dict[str, Tensor]], step: int, name: str, checkpoint: Path | None) -> dict[str, float]:
-    """Read the metrics of the last steps from the device, all at once; the first non-finite one is an error."""
-    terms = list(pending[-1])
-    values = torch.stack([torch.stack([metrics[term].float() for term in terms]) for metrics in pending]).cpu()
+    """Read the metrics of the last steps from the device, all at once; the first non-finite one is an error.
+
+    A term that only some of the steps report is averaged over those.
+    """
+    reported = [(i, term) for i, metrics in enumerate(pending) for term in metrics]
+    values = torch.stack([pending[i][term].float() for i, term in reported]).cpu()
     finite = torch.isfinite(values)
     if not finite.all():
-        first, term = (~finite).nonzero()[0].tolist()
-        at = step - len(pending) + 1 + first
-        raise NonFiniteLoss(_not_finite(f"{terms[term]!r} is {float(values[first, term])}", name, at, checkpoint))
-    return dict(zip(terms, values.mean(0).tolist(), strict=True))
+        first = int((~finite).nonzero()[0])
+        i, term = reported[first]
+        at = step - len(pending) + 1 + i
+        raise NonFiniteLoss(_not_finite(f"{term!r} is {float(values[first])}", name, at, checkpoint))
+    by_term: dict[str, list[float]] = {}
+    for (_, term), value in zip(reported, values.tolist(), strict=True):
+        by_term.setdefault(term, []).append(value)
+    return {term: sum(found) / len(found) for term, found in by_term.items()}
 
 
 def _not_finite(what: str, name: str, step: int, checkpoint: Path | None) -> str:

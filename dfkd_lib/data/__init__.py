@@ -1,6 +1,6 @@
 """Named image datasets as tensors on a device; the guard of data-free methods; augmentation."""
 
-from .augment import crop_flip, minibatches, paired_crop_flip
+from .augment import crop_flip, minibatches, paired_crop_flip, resized_crop_flip
 from .catalogue import DatasetInfo, info, names
 from .guard import no_training_data, opened
 from .imageset import ImageSet
@@ -19,4 +19,5 @@ __all__ = [
     "opened",
     "paired_crop_flip",
     "prepare",
+    "resized_crop_flip",
 ]

@@ -22,12 +22,42 @@ def crop_flip(x: Tensor, *, pad: int = 4, flip: bool = True, generator: torch.Ge
         generator: on the device of `x`; the same state gives the same result.
 
     Returns:
-        A new tensor like `x`.
+        A new tensor like `x`; differentiable with respect to it.
     """
-    b, _, h, w = x.shape
-    at = torch.randint(0, 2 * pad + 1, (2, b), generator=generator, device=x.device)
-    x = _windows(F.pad(x, (pad, pad, pad, pad)), at, h, w)
-    return _mirrored(x, _coins(x, generator)) if flip else x
+    b, c, h, w = x.shape
+    top, left = torch.randint(0, 2 * pad + 1, (2, b, 1), generator=generator, device=x.device)
+    rows = top + torch.arange(h, device=x.device)
+    columns = left + torch.arange(w, device=x.device)
+    if flip:
+        columns = torch.where(_coins(x, generator).view(b, 1), columns.flip(1), columns)
+    # One gather: the gradient of a fancy-indexed window costs eighty times as much on a processor.
+    at = (rows[:, :, None] * (w + 2 * pad) + columns[:, None, :]).view(b, 1, h * w).expand(b, c, h * w)
+    return F.pad(x, (pad, pad, pad, pad)).flatten(2).gather(2, at).view(b, c, h, w)
+
+
+def resized_crop_flip(
+    x: Tensor, *, scale: tuple[float, float] = (0.25, 1.0), flip: bool = True, generator: torch.Generator
+) -> Tensor:
+    """Blow a random square of each image up to the whole, and mirror every second one: CMI's local view.
+
+    Args:
+        x: float [B, C, H, W].
+        scale: least and largest share of the area that the square covers; (1, 1) without flip gives x back.
+        generator: on the device of `x`; the same state gives the same result.
+
+    Returns:
+        [B, C, H, W], bilinear, differentiable with respect to x.
+    """
+    b = len(x)
+    area = torch.rand(b, generator=generator, device=x.device) * (scale[1] - scale[0]) + scale[0]
+    side = area.sqrt().to(x.dtype)
+    room = 1 - side
+    across, down = (2 * torch.rand(2, b, generator=generator, device=x.device).to(x.dtype) - 1) * room
+    mirror = torch.where(_coins(x, generator).flatten(), -1.0, 1.0).to(x.dtype) if flip else torch.ones_like(side)
+    zero = torch.zeros_like(side)
+    rows = (torch.stack([side * mirror, zero, across], 1), torch.stack([zero, side, down], 1))
+    where = F.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
+    return F.grid_sample(x, where, padding_mode="border", align_corners=False)
 
 
 def paired_crop_flip(

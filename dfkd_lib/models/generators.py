@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from ..errors import InputError
@@ -60,14 +61,27 @@ def generator_b(latent_dim: int, image_shape: tuple[int, int, int], ngf: int) ->
         layers.append(nn.LeakyReLU(0.2))
     layers += [nn.Conv2d(ngf, channels, 3, padding=1), nn.Tanh()]
     network = nn.Sequential(*layers, Denormalize([0.5] * channels, [0.5] * channels))
-    for layer in network:
+    draw_weights(network)
+    return network
+
+
+def draw_weights(generator: nn.Module, random: torch.Generator | None = None) -> None:
+    """Draw all weights of a generator anew: linear and convolutional ones from N(0, 0.02), scales of batch
+    normalisation from N(1, 0.02), biases 0, running statistics as new.
+
+    Args:
+        random: on the device of the weights; None is torch's own.
+    """
+    for layer in generator.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
-            nn.init.normal_(layer.weight, 0.0, 0.02)
+            nn.init.normal_(layer.weight, 0.0, 0.02, generator=random)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
         elif isinstance(layer, nn.BatchNorm2d):
-            nn.init.normal_(layer.weight, 1.0, 0.02)
-    return network
+            layer.reset_running_stats()
+            if layer.affine:
+                nn.init.normal_(layer.weight, 1.0, 0.02, generator=random)
+                nn.init.zeros_(layer.bias)
 
 
 def _upsampling(

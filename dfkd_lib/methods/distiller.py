@@ -1,0 +1,288 @@
+"""What the data-free methods share: synthesise, then distil; the loop of every harness of this field.
+
+One outer iteration synthesises (a few updates of a generator, or one inverted batch) and then takes `kd_steps`
+updates of the student on what was synthesised. A paper's module says how to synthesise and what the student
+sees; all else is here, so that no method gets a better student schedule, evaluation or accounting than another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import losses
+from ..banks import ImageBank
+from ..budget import Budget
+from ..data import crop_flip
+from ..errors import InputError
+from ..evaluation import evaluating
+from ..runtime import Runtime
+from ..schedules import cosine, set_lr
+from ..taps import Seen, tapped
+from .players import check_positive, freeze, no_weight_gradients, restore_state, sgd, state_of, update
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """How the student learns, the same for all methods.
+
+    Attributes:
+        batch_size: images per student update.
+        kd_steps: student updates per outer iteration.
+        n_updates: student updates over which a cosine takes the learning rate to 0; 0 keeps it constant.
+        temperature: of the KL divergence between teacher and student, whose factor T^2 is included.
+        lr_student, momentum, weight_decay: SGD of the student.
+    """
+
+    batch_size: int = 256
+    kd_steps: int = 5
+    n_updates: int = 0
+    temperature: float = 1.0
+    lr_student: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+
+    def __post_init__(self) -> None:
+        check_positive(self, "kd_steps", "temperature", "lr_student")
+        if self.batch_size < 2:
+            raise InputError(f"batch_size must be at least 2 (batch normalisation), not {self.batch_size}")
+
+
+class Distiller:
+    """A data-free method, one outer iteration per :meth:`step`.
+
+    A subclass implements :meth:`synthesize`, :meth:`sample` and :meth:`pictures`, and adds to `PARTS` what it
+    owns.
+
+    Args:
+        teacher: images [B, C, H, W] in [0, 1] -> logits [B, K]; frozen here, nothing of it ever changes.
+        student: the same interface, any architecture.
+        image_shape: (C, H, W).
+        runtime: where and how to compute; the players are moved there.
+
+    Attributes:
+        n_classes: K, as many as the teacher has logits.
+        calls: outer iterations done.
+        budget: what has been spent.
+
+    Raises:
+        InputError: teacher or student does not give finite logits [B, K] for such images, or they differ in K;
+            teacher and student are the same object.
+    """
+
+    data_free: ClassVar[bool] = True
+    PARTS: ClassVar[tuple[str, ...]] = (
+        "student",
+        "student_optimizer",
+        "student_scaler",
+        "noise",
+        "augmentation",
+        "calls",
+        "budget",
+    )
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        image_shape: Sequence[int],
+        settings: Distillation,
+        runtime: Runtime,
+    ) -> None:
+        self.runtime, self.distillation, self.image_shape = runtime, settings, tuple(image_shape)
+        if teacher is student:
+            # A fork of the authors' toolbox does this, and its adversarial terms are then zero.
+            raise InputError("teacher and student are the same network; give the student its own")
+        self.teacher = freeze(runtime.prepare(teacher))
+        self.student = runtime.prepare(student).train()
+        self.n_classes = n_logits(self.teacher, self.image_shape, runtime, "teacher")
+        of_student = n_logits(self.student, self.image_shape, runtime, "student")
+        if of_student != self.n_classes:
+            raise InputError(
+                f"the student has {of_student} classes and the teacher {self.n_classes}; "
+                f"build the student with {self.n_classes}"
+            )
+        self.student_optimizer = sgd(self.student, settings.lr_student, settings.weight_decay, settings.momentum)
+        self.student_scaler = runtime.scaler()
+        self.noise = runtime.stream("noise")
+        self.augmentation = runtime.stream("augmentation")
+        self.calls = 0
+        self.budget = Budget()
+
+    def synthesize(self) -> dict[str, Tensor]:
+        """One synthesis call, the student in eval mode and not learning; returns its detached metrics."""
+        raise NotImplementedError
+
+    def sample(self, n: int) -> Tensor:
+        """What the student sees next: n images in [0, 1], augmented if the method does so; no gradient."""
+        raise NotImplementedError
+
+    def pictures(self, n: int) -> Tensor:
+        """n images to look at, [n, C, H, W] in [0, 1], drawn without touching any random stream."""
+        raise NotImplementedError
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether this call only synthesises, and the student does not learn yet."""
+        return False
+
+    def step(self) -> dict[str, Tensor]:
+        """One synthesis call, then `kd_steps` student updates.
+
+        Returns:
+            The metrics of :meth:`synthesize`, and after the warm-up "distillation loss", the mean over the
+            student updates. Detached scalars on the device.
+        """
+        self.student.eval()
+        with self.budget.synthesis(self.runtime.device), no_weight_gradients(self.student):
+            metrics = self.synthesize()
+        self.student.train()
+        if not self.warming_up:
+            with self.budget.distillation(self.runtime.device):
+                imitated = [self.imitate() for _ in range(self.distillation.kd_steps)]
+            metrics["distillation loss"] = torch.stack(imitated).mean()
+        self.calls += 1
+        return metrics
+
+    def imitate(self) -> Tensor:
+        """One student update on T^2 KL(teacher || student); returns the loss, detached."""
+        settings, budget = self.distillation, self.budget
+        if settings.n_updates:
+            factor = cosine(min(budget.student_updates, settings.n_updates), settings.n_updates)
+            set_lr(self.student_optimizer, settings.lr_student * factor)
+        with self.runtime.autocast():
+            with torch.no_grad():
+                x = self.runtime.images(self.sample(settings.batch_size))
+                t = self.teacher(x).to(self.runtime.dtype)
+            s = self.student(x).to(self.runtime.dtype)
+        loss = losses.kl(s, t, settings.temperature)
+        update(self.student_optimizer, loss, self.student_scaler)
+        budget.student_updates += 1
+        budget.teacher_passes += len(x)
+        return loss.detach()
+
+    def look(self, x: Tensor, layers: Sequence[nn.Module] = ()) -> tuple[Tensor, list[Seen]]:
+        """The teacher's logits on x in full precision, and what it showed its batch-norm layers on the way."""
+        with tapped(layers) as seen:
+            t = self.teacher(self.runtime.images(x)).to(self.runtime.dtype)
+        self.budget.teacher_passes += len(x)
+        return t, seen
+
+    def opinion(self, x: Tensor) -> Tensor:
+        """The student's logits on x in full precision."""
+        return self.student(self.runtime.images(x)).to(self.runtime.dtype)
+
+    def draw_noise(self, n: int, latent_dim: int) -> Tensor:
+        """z ~ N(0, I), [n, latent_dim]."""
+        return torch.randn(n, latent_dim, generator=self.noise, device=self.runtime.device, dtype=self.runtime.dtype)
+
+    def draw_targets(self, n: int) -> Tensor:
+        """n random classes in ascending order, int64 [n]: sorted only so that grids show a class side by side."""
+        targets = torch.randint(self.n_classes, (n,), generator=self.noise, device=self.runtime.device)
+        return targets.sort().values
+
+    def watch(self, n: int = 16) -> dict[str, Tensor]:
+        """What was synthesised, and what the networks say to it; changes nothing.
+
+        Returns:
+            "images" [n, C, H, W]; "teacher" and "student", predicted classes [n].
+        """
+        with evaluating(self.student), self.runtime.autocast():
+            x = self.pictures(n)
+            prepared = self.runtime.images(x)
+            opinions = {"teacher": self.teacher(prepared).argmax(1), "student": self.student(prepared).argmax(1)}
+        return {"images": x.to(self.runtime.dtype), **opinions}
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :class:`dfkd_lib.fit.Method`."""
+        return state_of(self, self.PARTS)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See :class:`dfkd_lib.fit.Method`."""
+        restore_state(self, self.PARTS, state)
+
+
+class BankDistiller(Distiller):
+    """A method that stores what it inverts and distils on random batches of the whole bank.
+
+    Args:
+        bank_size: images kept; the oldest make room.
+        pad, flip: augmentation of what the student sees, and by default of what the teacher judges: a shift by up
+            to `pad` pixels, a mirror image for every second one.
+    """
+
+    PARTS: ClassVar[tuple[str, ...]] = (*Distiller.PARTS, "bank")
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        image_shape: Sequence[int],
+        settings: Distillation,
+        runtime: Runtime,
+        *,
+        bank_size: int,
+        pad: int,
+        flip: bool,
+    ) -> None:
+        super().__init__(teacher, student, image_shape, settings, runtime)
+        self.bank = ImageBank(bank_size, self.image_shape, runtime.device)
+        self.pad, self.flip = pad, flip
+
+    def augment(self, x: Tensor) -> Tensor:
+        """The training transform of real data, shift and mirror, zeros coming in; differentiable."""
+        return crop_flip(x, pad=self.pad, flip=self.flip, generator=self.augmentation)
+
+    def store(self, x: Tensor) -> None:
+        """Put a synthesised batch into the bank."""
+        self.bank.append(x)
+        self.budget.images += len(x)
+
+    def sample(self, n: int) -> Tensor:
+        """See :meth:`Distiller.sample`: random images of the whole bank, augmented."""
+        return self.augment(self.bank.images(n, self.augmentation))
+
+    def pictures(self, n: int) -> Tensor:
+        """See :meth:`Distiller.pictures`: an even selection of the newest call; grey before the first."""
+        if not len(self.bank):
+            return torch.full((n, *self.image_shape), 0.5, device=self.runtime.device)
+        newest = self.bank.newest(max(n, self.newest_call))
+        at = torch.linspace(0, len(newest) - 1, n, device=newest.device).round().long()
+        return newest[at].float().div_(255)
+
+    @property
+    def newest_call(self) -> int:
+        """How many images one synthesis call stores."""
+        raise NotImplementedError
+
+
+def n_logits(network: nn.Module, image_shape: Sequence[int], runtime: Runtime, who: str) -> int:
+    """K, found by sending two grey images through the network; its running statistics stay as they are.
+
+    Args:
+        who: "teacher" or "student", for the messages.
+
+    Raises:
+        InputError: the network fails on images of this shape, or does not return finite logits [B, K], K >= 2.
+    """
+    x = runtime.images(torch.full((2, *image_shape), 0.5, device=runtime.device))
+    shape = "x".join(map(str, image_shape))
+    try:
+        with evaluating(network), runtime.autocast():
+            logits = network(x)
+    except (RuntimeError, ValueError, IndexError, InputError) as e:
+        raise InputError(f"the {who} fails on images of shape {shape}: {str(e).splitlines()[0]}") from e
+    if not isinstance(logits, Tensor):
+        raise InputError(
+            f"the {who} returns a {type(logits).__name__}, not one tensor of logits; wrap it in a module that "
+            "returns the logits alone"
+        )
+    if logits.ndim != 2 or len(logits) != 2 or logits.shape[1] < 2:
+        raise InputError(f"the {who} returns {list(logits.shape)} for 2 images of shape {shape}, not logits [2, K]")
+    if not torch.isfinite(logits).all():
+        raise InputError(f"the {who} returns NaN or infinite logits for a grey image; check its weights")
+    return logits.shape[1]
