@@ -60,11 +60,12 @@ class MomentumStatistics:
             return batch_norm_loss(seen)
         terms = []
         for visit, averages in zip(seen, self.averages, strict=True):
-            mixed = [
+            mean, variance = (
                 (1 - self.rho) * now + self.rho * before
                 for now, before in zip(visit.statistics(), averages, strict=True)
-            ]
-            terms.append(losses.batch_norm_distance(*mixed, visit.layer.running_mean, visit.layer.running_var))  # type: ignore[arg-type]
+            )
+            remembered = visit.layer.running_mean, visit.layer.running_var
+            terms.append(losses.batch_norm_distance(mean, variance, *remembered))  # type: ignore[arg-type]
         return torch.stack(terms).sum()
 
     @torch.no_grad()
