@@ -220,7 +220,7 @@ def _results(args: argparse.Namespace) -> None:
             raise InputError(f"there is no folder {folder}")
     folders = args.runs or [Path("runs")]
     own = [records.read(path.parent) for folder in folders for path in sorted(folder.rglob("record.json"))]
-    found = records.committed(args.chapter) + [r for r in own if args.chapter in (None, r["chapter"])]
+    found = records.committed(*filter(None, [args.chapter])) + [r for r in own if args.chapter in (None, r["chapter"])]
     if args.csv:
         rows = [
             {key: r[key] for key in ("chapter", "run", "profile", "seed")}

@@ -26,20 +26,21 @@ def results() -> HTML:
     """Our figures beside the published ones: one table for each paper, committed run and experiment."""
     tables = []
     for card in map(paper, paper_ids()):
-        for label, runs in records.group(records.committed(card.id)).items():
+        for label, runs in records.group(records.committed(*card.chapters)).items():
             for experiment, measure in {table.experiment: table.measure for table in card.tables}.items():
-                frame = comparison(card.id, experiment, runs)
+                frame = comparison(card.id, experiment, runs, measure)
                 caption = f"{card.title}, {experiment}: {measure} in percent ({label}, {seeds(len(runs))})"
                 if len(frame):
                     tables.append(table_html(frame, caption))
     return _html(*tables or [_line(NO_RUNS)])
 
 
-def comparison(paper_id: str, experiment: str, runs: Sequence[Record]) -> pd.DataFrame:
+def comparison(paper_id: str, experiment: str, runs: Sequence[Record], measure: str = "") -> pd.DataFrame:
     """Figures of one experiment beside the published ones, in percent.
 
     Args:
         runs: records that differ by seed alone.
+        measure: which figure of each row; by default what the card's first table of the experiment shows.
 
     Returns:
         method, final, best, and one column for each published table that has the runs' dataset. Where the
@@ -48,8 +49,9 @@ def comparison(paper_id: str, experiment: str, runs: Sequence[Record]) -> pd.Dat
     """
     import pandas as pd
 
-    keys = dict.fromkeys(key for run in runs for key in run["metrics"] if key.startswith(f"{experiment}/"))
-    rows = [(key.split("/")[1], key) for key in keys]
+    measure = measure or next(table.measure for table in paper(paper_id).tables if table.experiment == experiment)
+    keys = dict.fromkeys(key for run in runs for key in run["metrics"])
+    rows = [(key.split("/")[1], key) for key in keys if key.split("/")[::2] == [experiment, measure]]
     if {row for row, _ in rows} == {"teacher"}:
         rows = []
     columns = {
@@ -59,7 +61,7 @@ def comparison(paper_id: str, experiment: str, runs: Sequence[Record]) -> pd.Dat
     names: dict[str, str] = {}
     for table in paper(paper_id).tables if rows else ():
         dataset = str(runs[0]["parameters"].get(table.parameter))
-        if table.experiment != experiment or dataset not in table.columns:
+        if (table.experiment, table.measure) != (experiment, measure) or dataset not in table.columns:
             continue
         column = columns.setdefault(f"{table.source}, {table.columns[dataset]}", {})
         for label, cells in table.rows.items():
@@ -80,7 +82,7 @@ def claims() -> HTML:
 
     parts = [] if records.committed() else [_line(NO_RUNS)]
     for card in map(paper, paper_ids()):
-        groups = records.group(records.committed(card.id))
+        groups = records.group(records.committed(*card.chapters))
         rows = []
         for claim in card.claims:
             run, verdict = at_largest_scale(claim, groups)
@@ -101,16 +103,22 @@ def at_largest_scale(claim: Claim, groups: Mapping[str, Sequence[Record]]) -> tu
 
 
 def chapters() -> HTML:
-    """The chapters that exist, with their committed runs and how their claims fare."""
+    """The chapters that exist, with their committed runs and how the claims of their papers fare."""
     import pandas as pd
 
     rows = []
-    for card in map(paper, paper_ids()):
-        groups = records.group(records.committed(card.id))
-        verdicts = [at_largest_scale(claim, groups)[1].verdict for claim in card.claims]
+    cards = list(map(paper, paper_ids()))
+    for chapter in parameters.chapters():
+        told = [card for card in cards if card.chapters[0] == chapter]
+        runs = [f"{label} ({seeds(len(group))})" for label, group in records.group(records.committed(chapter)).items()]
+        verdicts = [
+            at_largest_scale(claim, records.group(records.committed(*card.chapters)))[1].verdict
+            for card in told
+            for claim in card.claims
+        ]
         tally = [_badge(verdict, verdicts.count(verdict)) for verdict in MARKS if verdict in verdicts]
-        link = f'<a href="chapters/{card.id}.html">{html.escape(card.title)}</a> ({card.year})'
-        runs = [f"{label} ({seeds(len(group))})" for label, group in groups.items()]
+        years = f" ({told[0].year})" if len(told) == 1 else ""
+        link = f'<a href="chapters/{chapter}.html">{html.escape(parameters.title(chapter))}</a>{years}'
         rows.append((link, html.escape(", ".join(runs) or "none yet"), " ".join(tally)))
     frame = pd.DataFrame(rows, columns=["chapter", "larger runs", "claims"])
     return _html(table_html(frame, escape=False))

@@ -80,7 +80,12 @@ class PublishedTable:
 
 @dataclass(frozen=True)
 class Paper:
-    """A paper card. `code` is the official repository on GitHub, OWNER/NAME, or None."""
+    """A paper card.
+
+    Attributes:
+        code: the official repository on GitHub, OWNER/NAME, or None.
+        chapters: the chapters whose runs bear on its claims; the first one tells the paper.
+    """
 
     id: str
     title: str
@@ -90,6 +95,7 @@ class Paper:
     arxiv: str
     code: str | None
     credits: tuple[str, ...]
+    chapters: tuple[str, ...]
     tables: tuple[PublishedTable, ...]
     claims: tuple[Claim, ...]
 
@@ -270,6 +276,7 @@ def read_card(path: Path) -> Paper:
         arxiv=card.take("arxiv", str),
         code=card.take("code", (str, type(None))),
         credits=tuple(card.take("credits", list)),
+        chapters=tuple(card.take("chapters", list)) if "chapters" in card.left else (path.stem,),
         tables=tuple(_table(fields) for fields in card.each("tables")),
         claims=tuple(_claim(fields) for fields in card.each("claims")),
     )

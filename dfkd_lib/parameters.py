@@ -106,6 +106,12 @@ def chapters() -> list[str]:
     return sorted(path.stem for path in (book_root() / "chapters").glob("*.ipynb"))
 
 
+def title(chapter: str) -> str:
+    """The first heading of the chapter's notebook."""
+    first = next(source for kind, source, _ in cells(notebook_path(chapter)) if kind == "markdown")
+    return first.splitlines()[0].lstrip("# ")
+
+
 def notebook_path(chapter: str) -> Path:
     """The chapter's notebook.
 

@@ -72,9 +72,11 @@ def read(folder: Path) -> dict[str, Any]:
     return {**record, "run": folder.name, "folder": folder}
 
 
-def committed(chapter: str | None = None) -> list[dict[str, Any]]:
-    """The records under `book/results`, of one chapter or of all, ordered by folder."""
-    return [read(path.parent) for path in sorted((book_root() / "results").glob(f"{chapter or '*'}/*/record.json"))]
+def committed(*chapters: str) -> list[dict[str, Any]]:
+    """The records under `book/results`, of the named chapters or of all, ordered by folder."""
+    root = book_root() / "results"
+    found = [path for chapter in chapters or ("*",) for path in sorted(root.glob(f"{chapter}/*/record.json"))]
+    return [read(path.parent) for path in found]
 
 
 def label(record: dict[str, Any]) -> str:
@@ -86,8 +88,10 @@ def label(record: dict[str, Any]) -> str:
 def group(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Records that differ by seed only, by label, the largest scale first.
 
-    Two groups that share profile and dataset but not the other parameters get a number behind the label.
+    Where the records come from several chapters, the label names the chapter too. Two groups that share profile
+    and dataset but not the other parameters get a number behind the label.
     """
+    several = len({record["chapter"] for record in records}) > 1
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for record in records:
         rest = {k: v for k, v in record["parameters"].items() if k not in ("seed", "out", "device", "threads")}
@@ -100,8 +104,9 @@ def group(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
     named: dict[str, list[dict[str, Any]]] = {}
     for key in sorted(groups, key=order):
-        name, number = key[1], 2
+        first = f"{key[1]}, {key[0]} chapter" if several else key[1]
+        name, number = first, 2
         while name in named:
-            name, number = f"{key[1]} ({number})", number + 1
+            name, number = f"{first} ({number})", number + 1
         named[name] = sorted(groups[key], key=lambda record: record["seed"])
     return named

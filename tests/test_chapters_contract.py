@@ -13,7 +13,7 @@ import tiny_book
 from dfkd_lib import book
 from dfkd_lib.locations import repository_root
 from dfkd_lib.notebooks import setup_cell, stored_notebooks
-from dfkd_lib.papers import paper_ids
+from dfkd_lib.papers import Paper, paper, paper_ids
 from dfkd_lib.parameters import chapters, notebook_path, parameters, profile, profile_note, profiles
 
 STANDARD = {"profile": "smoke", "seed": 0, "device": "auto", "threads": 0, "out": ""}
@@ -76,11 +76,15 @@ def test_profiles_set_what_the_chapter_knows(chapter: str) -> None:
 
 
 @pytest.mark.parametrize("chapter", chapters())
-def test_a_chapter_has_a_paper_card_and_a_place_in_the_book(chapter: str) -> None:
+def test_a_chapter_has_a_place_in_the_book(chapter: str) -> None:
     root = repository_root()
     assert root is not None
-    assert chapter in paper_ids()
     assert notebook_path(chapter).resolve() in [path.resolve() for path in book.toc_files(root)]
+
+
+@pytest.mark.parametrize("card", [paper(name) for name in paper_ids()], ids=lambda card: card.id)
+def test_a_paper_card_names_chapters_that_exist(card: Paper) -> None:
+    assert set(card.chapters) <= set(chapters())
 
 
 def _edit(change: Callable[[dict[str, Any]], object]) -> dict[str, Any]:

@@ -23,8 +23,10 @@ METRICS = {
 
 @pytest.fixture
 def book(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A book with the paper cards of this one and no results."""
-    shutil.copytree(book_root() / "papers", tmp_path / "book" / "papers")
+    """A book with one chapter and its card, and no results."""
+    for part in ("papers/dfad.yml", "chapters/dfad.ipynb"):
+        (tmp_path / "book" / part).parent.mkdir(parents=True)
+        shutil.copy(book_root() / part, tmp_path / "book" / part)
     monkeypatch.setenv("DFKD_BOOK", str(tmp_path / "book"))
     return tmp_path / "book"
 
@@ -105,6 +107,15 @@ def test_landing_table_links_the_chapter_and_counts_verdicts(book: Path) -> None
     page = pages.chapters().data
     assert '<a href="chapters/dfad.html">' in page and "cpu mnist (1 seed)" in page
     assert "✓ holds: 3" in page and "– not tested here: 9" in page
+
+
+def test_a_card_counts_the_runs_of_all_its_chapters(book: Path) -> None:
+    card = book / "papers" / "dfad.yml"
+    card.write_text(card.read_text() + "\nchapters: [dfad, comparison]\n")
+    run = commit(book, "cpu", "cpu")
+    records.write(book / "results" / "comparison" / "a", {**run, "chapter": "comparison", "folder": ""})
+    assert "cpu mnist, comparison chapter" in pages.results().data
+    assert pages.results().data.count("<table") == 2
 
 
 def test_the_same_records_give_the_same_pages(book: Path) -> None:
