@@ -243,17 +243,24 @@ def _figures(evidence: Evidence, values: Sequence[dict[str, float | None]]) -> s
         return f"{ours} against {texts[evidence.than]}"
     if evidence.of:
         ratios = [(value[evidence.metric] or 0.0) / (value[evidence.of] or 1.0) for value in values]
-        ratio = percent(ratios, " %")
+        ratio = _seconds(ratios, " times") if evidence.of.endswith("seconds") else percent(ratios, " %")
         return f"{ours} of {texts[evidence.of]}, a ratio of {ratio}"
     return ours
 
 
 def _amount(key: str, values: Sequence[float | None]) -> str:
-    """Values of a metric in words: a bare number where the measure is called `value`, else percent."""
+    """Values of a metric in words: a bare number where the measure is called `value`, else seconds or percent."""
+    if key.endswith("seconds"):
+        return _seconds([value or 0.0 for value in values], " s")
     if not key.endswith("/value"):
         return percent(values, " %")
     mean, sd = spread([value or 0.0 for value in values])
     return f"{mean:.2g} ± {sd:.1g}" if sd else f"{mean:.2g}"
+
+
+def _seconds(values: Sequence[float], unit: str) -> str:
+    mean, sd = spread(values)
+    return f"{mean:.3g} ± {sd:.2g}{unit}" if sd else f"{mean:.3g}{unit}"
 
 
 def read_card(path: Path) -> Paper:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, VERMILION, PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
+# Tol's muted colours for the methods that Okabe and Ito's eight do not reach.
+INDIGO, CYAN, SAND, ROSE, WINE, MAUVE, OLIVE = (
+    "#332288", "#88CCEE", "#DDCC77", "#CC6677", "#882255", "#AA4499", "#999933",
+)  # fmt: skip
 COLOURS = {
     "teacher": BLACK,
     "scratch student": "#777777",
@@ -24,6 +28,14 @@ COLOURS = {
     "KD unrelated": YELLOW,
     "RANDOM": ORANGE,
     "DFAD": BLUE,
+    "DAFL": SAND,
+    "ZSKT": CYAN,
+    "DeepInversion": MAUVE,
+    "ADI": ROSE,
+    "DFQ": OLIVE,
+    "CMI": INDIGO,
+    "Fast": VERMILION,
+    "NAYER": WINE,
     "MAE": BLUE,
     "MSE": VERMILION,
     "KL": PURPLE,

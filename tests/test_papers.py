@@ -194,3 +194,11 @@ def test_seeds_are_summed_up_with_the_sample_deviation_and_divergence_is_told():
     assert papers.percent([0.9, 0.8]) == "85.0 ± 7.1"
     assert papers.percent([0.9, 0.8, None], " %") == "85.0 ± 7.1 %, 1 of 3 diverged"
     assert papers.percent([None]) == "diverged"
+
+
+def test_seconds_are_shown_as_seconds_and_their_ratio_as_times() -> None:
+    slow, quick = "synthesis/CMI/synthesis seconds", "synthesis/Fast/synthesis seconds"
+    run = {"metrics": {slow: 90.0, quick: 4.5}}
+    found = verdict(Evidence(slow, 10.0, of=quick), run)
+    assert found.verdict == "holds"
+    assert found.figures == "CMI 90 s of Fast 4.5 s, a ratio of 20 times, 1 seed"
