@@ -84,6 +84,7 @@ def fit(
     watch: Callable[[], dict[str, Tensor]] | None = None,
     checkpoint: Path | None = None,
     checkpoint_every: float = 60.0,
+    progress: bool = True,
 ) -> Fit:
     """Take `n_steps` outer iterations of a method.
 
@@ -96,6 +97,7 @@ def fit(
     Args:
         evaluate: returns figures of the student, larger is better.
         watch: returns tensors worth keeping, such as generated images.
+        progress: show the live line, where there is somebody to look at it.
 
     Raises:
         NonFiniteLoss: a metric or a weight is NaN or infinite; the last good checkpoint is kept.
@@ -112,7 +114,7 @@ def fit(
     seconds_before = result.seconds
     start = saved = time.perf_counter()
     guard = no_training_data(name) if method.data_free else contextlib.nullcontext()
-    with guard, Progress(name, n_steps, done) as progress:
+    with guard, Progress(name, n_steps, done, show=progress) as line:
         if watch and not done:
             result.snapshots[0] = _to_cpu(watch())
         for step in range(done + 1, n_steps + 1):
@@ -130,7 +132,7 @@ def fit(
                 result.snapshots[step] = _to_cpu(watch())
             row["seconds"] = seconds_before + time.perf_counter() - start
             result.history.append(row)
-            progress.update(step, row)
+            line.update(step, row)
             if checkpoint and (step == n_steps or time.perf_counter() - saved >= checkpoint_every):
                 _save(method, result, checkpoint, step, n_steps)
                 saved = time.perf_counter()

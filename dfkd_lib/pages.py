@@ -6,6 +6,7 @@ import html
 import platform
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -184,6 +185,28 @@ def hyperparameters(chapter: str, origins: Mapping[str, str]) -> HTML:
         if name not in ("profile", "seed", "device", "threads", "out")
     ]
     return _html(table_html(pd.DataFrame(rows)))
+
+
+def distiller_settings() -> HTML:
+    """The settings of every data-free method: all published ones, and what each of our scales changes in them."""
+    import pandas as pd
+
+    from . import distillers
+
+    rows = []
+    for name in distillers.names():
+        published = asdict(distillers.settings_for(name, preset="paper"))
+        row = {"method": name, "paper": _settings(published, published)}
+        for preset in distillers.UPDATES:
+            if preset != "paper":
+                ours = asdict(distillers.settings_for(name, preset=preset))
+                row[preset] = _settings(ours, {k: v for k, v in ours.items() if v != published[k]})
+        rows.append(row)
+    return _html(table_html(pd.DataFrame(rows)))
+
+
+def _settings(values: Mapping[str, Any], shown: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {values[name]}" for name in shown if name not in ("n_updates", "milestones"))
 
 
 def expectations(chapter: str) -> HTML:

@@ -22,20 +22,22 @@ class Progress:
         name: what is shown in front.
         n_steps: the whole length.
         done: steps that were taken before (a resumed run).
+        show: whether there is a line at all; a driving process is told in any case.
     """
 
     SHOW_EVERY = 0.5  # seconds between two refreshes
 
-    def __init__(self, name: str, n_steps: int, done: int = 0) -> None:
+    def __init__(self, name: str, n_steps: int, done: int = 0, *, show: bool = True) -> None:
         self.name, self.n_steps, self.first, self.step = name, n_steps, done, done
         self.events = os.environ.get("DFKD_EVENTS")
         self.handle: Any = None
+        self.shows = show
         self.metrics: dict[str, float] = {}
         self.start = self.shown = time.perf_counter()
 
     def __enter__(self) -> Progress:
         emit("start", fit=self.name, step=self.first, n_steps=self.n_steps)
-        if in_notebook():
+        if self.shows and in_notebook():
             from IPython.display import display
 
             self.handle = display(_bundle(f"{self.name}: starting"), raw=True, display_id=True)
@@ -58,7 +60,7 @@ class Progress:
     def _show(self, line: str) -> None:
         if self.handle is not None:
             self.handle.update(_bundle(line), raw=True)
-        elif sys.stderr.isatty():
+        elif self.shows and sys.stderr.isatty():
             print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
 
     def __exit__(
@@ -69,7 +71,7 @@ class Progress:
         emit(ended, fit=self.name, step=self.step, n_steps=self.n_steps, seconds=seconds, metrics=self.metrics)
         took = f"{self.step - self.first} steps in {clock(seconds)}"
         self._show(f"{self.name}: {'' if error is None else 'stopped after '}{took}, {figures(self.metrics)}")
-        if self.handle is None and sys.stderr.isatty():
+        if self.shows and self.handle is None and sys.stderr.isatty():
             print(file=sys.stderr)
 
 

@@ -93,19 +93,11 @@ class Distiller:
         settings: Distillation,
         runtime: Runtime,
     ) -> None:
-        self.runtime, self.distillation, self.image_shape = runtime, settings, tuple(image_shape)
-        if teacher is student:
-            # A fork of the authors' toolbox does this, and its adversarial terms are then zero.
-            raise InputError("teacher and student are the same network; give the student its own")
+        channels, height, width = image_shape
+        self.runtime, self.distillation, self.image_shape = runtime, settings, (channels, height, width)
         self.teacher = freeze(runtime.prepare(teacher))
         self.student = runtime.prepare(student).train()
-        self.n_classes = n_logits(self.teacher, self.image_shape, runtime, "teacher")
-        of_student = n_logits(self.student, self.image_shape, runtime, "student")
-        if of_student != self.n_classes:
-            raise InputError(
-                f"the student has {of_student} classes and the teacher {self.n_classes}; "
-                f"build the student with {self.n_classes}"
-            )
+        self.n_classes = common_classes(self.teacher, self.student, self.image_shape, runtime)
         self.student_optimizer = sgd(self.student, settings.lr_student, settings.weight_decay, settings.momentum)
         self.student_scaler = runtime.scaler()
         self.noise = runtime.stream("noise")
@@ -260,6 +252,24 @@ class BankDistiller(Distiller):
         raise NotImplementedError
 
 
+def common_classes(teacher: nn.Module, student: nn.Module, image_shape: Sequence[int], runtime: Runtime) -> int:
+    """K, as many logits as both networks have for images of this shape.
+
+    Raises:
+        InputError: they differ in K, are the same object, or one of them does not pass :func:`n_logits`.
+    """
+    if teacher is student:
+        # A fork of the authors' toolbox does this, and its adversarial terms are then zero.
+        raise InputError("teacher and student are the same network; give the student its own")
+    n_classes = n_logits(teacher, image_shape, runtime, "teacher")
+    of_student = n_logits(student, image_shape, runtime, "student")
+    if of_student != n_classes:
+        raise InputError(
+            f"the student has {of_student} classes and the teacher {n_classes}; build the student with {n_classes}"
+        )
+    return n_classes
+
+
 def n_logits(network: nn.Module, image_shape: Sequence[int], runtime: Runtime, who: str) -> int:
     """K, found by sending two grey images through the network; its running statistics stay as they are.
 
@@ -274,8 +284,8 @@ def n_logits(network: nn.Module, image_shape: Sequence[int], runtime: Runtime, w
     try:
         with evaluating(network), runtime.autocast():
             logits = network(x)
-    except (RuntimeError, ValueError, IndexError, InputError) as e:
-        raise InputError(f"the {who} fails on images of shape {shape}: {str(e).splitlines()[0]}") from e
+    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, InputError) as e:
+        raise InputError(f"the {who} fails on images of shape {shape}: {_first_line(e)}") from e
     if not isinstance(logits, Tensor):
         raise InputError(
             f"the {who} returns a {type(logits).__name__}, not one tensor of logits; wrap it in a module that "
@@ -286,3 +296,8 @@ def n_logits(network: nn.Module, image_shape: Sequence[int], runtime: Runtime, w
     if not torch.isfinite(logits).all():
         raise InputError(f"the {who} returns NaN or infinite logits for a grey image; check its weights")
     return logits.shape[1]
+
+
+def _first_line(error: Exception) -> str:
+    """What the error says, or its kind if it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -17,9 +17,10 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import InputError, unknown
-from .generators import generator_a, generator_b, toolbox
+from .generators import draw_weights, generator_a, generator_b, toolbox
 from .lenet import LeNet5
 from .normalize import Denormalize, Normalize
+from .quick import QuickNet, whiten
 from .resnet import ResNet
 from .segmentation import deeplabv3_mobilenetv2, deeplabv3_resnet50
 from .small import SceneNet, digits_cnn
@@ -33,8 +34,10 @@ __all__ = [
     "build_generator",
     "count_macs",
     "count_parameters",
+    "draw_weights",
     "generator_names",
     "names",
+    "whiten",
 ]
 
 _NETWORKS: dict[str, dict[str, Callable[..., nn.Module]]] = {
@@ -52,6 +55,8 @@ _NETWORKS: dict[str, dict[str, Callable[..., nn.Module]]] = {
         "vgg16": partial(VGG, (2, 2, 3, 3, 3)),
         "digits_cnn": partial(digits_cnn, (16, 32, 32)),
         "digits_cnn_half": partial(digits_cnn, (8, 16, 16)),
+        "quick_net": partial(QuickNet, (48, 128, 256)),
+        "quick_net_half": partial(QuickNet, (24, 64, 128), whitened=False),
     },
     "segmentation": {
         "scene_net": partial(SceneNet, (16, 32, 64)),
