@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfkd_lib.data import crop_flip, minibatches, paired_crop_flip
+from dfkd_lib.data import crop_flip, minibatches, paired_crop_flip, resized_crop_flip
 from dfkd_lib.errors import InputError
 
 
@@ -100,3 +100,68 @@ def test_the_order_is_the_same_on_every_machine():
 def test_batches_without_images_are_refused(n, batch_size):
     with pytest.raises(InputError, match="at least 1"):
         minibatches(n, batch_size, seed=0)
+
+
+def sliced(x, pad, flip, generator):
+    """`crop_flip` image by image, with plain slices; the same draws in the same order."""
+    b, _, h, w = x.shape
+    at = torch.randint(0, 2 * pad + 1, (2, b, 1), generator=generator)
+    coins = torch.rand(b, 1, 1, 1, generator=generator) < 0.5 if flip else torch.zeros(b, dtype=torch.bool)
+    padded = torch.nn.functional.pad(x, (pad,) * 4)
+    out = []
+    for i in range(b):
+        top, left = int(at[0, i]), int(at[1, i])
+        window = padded[i, :, top : top + h, left : left + w]
+        out.append(window.flip(2) if coins[i] else window)
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize(("pad", "flip"), [(0, True), (2, False), (3, True)])
+def test_a_crop_and_its_gradient_equal_those_of_plain_slices(pad, flip):
+    weights = torch.randn(16, 2, 7, 5, generator=seeded(5), dtype=torch.float64)
+    images = torch.rand(16, 2, 7, 5, generator=seeded(6), dtype=torch.float64)
+    results = []
+    for cut in (
+        lambda x: crop_flip(x, pad=pad, flip=flip, generator=seeded()),
+        lambda x: sliced(x, pad, flip, seeded()),
+    ):
+        x = images.clone().requires_grad_()
+        out = cut(x)
+        (out * weights).sum().backward()
+        results.append((out.detach(), x.grad))
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    assert results[0][1].abs().sum() > 0
+
+
+def test_the_gradient_of_a_crop_checks():
+    x = torch.rand(2, 1, 4, 3, generator=seeded(), dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: crop_flip(x, pad=1, generator=seeded(1)), x)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_gradient_of_a_zoom_checks(flip):
+    x = torch.rand(2, 2, 5, 4, generator=seeded(), dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: resized_crop_flip(x, flip=flip, generator=seeded(2)), x)
+
+
+@pytest.mark.parametrize("shape", [(3, 2, 8, 8), (2, 1, 6, 9)])
+def test_a_zoom_into_the_whole_is_the_image_or_its_mirror(shape):
+    x = torch.rand(shape, generator=seeded(), dtype=torch.float64)
+    whole = resized_crop_flip(x, scale=(1, 1), flip=False, generator=seeded())
+    assert torch.allclose(whole, x, atol=1e-12)
+    many = x[:1].expand(40, *shape[1:])
+    seen = resized_crop_flip(many, scale=(1, 1), generator=seeded())
+    kinds = [torch.allclose(seen[i], x[0], atol=1e-12) for i in range(40)]
+    mirrored = [torch.allclose(seen[i], x[0].flip(2), atol=1e-12) for i in range(40)]
+    assert all(a != b for a, b in zip(kinds, mirrored, strict=True)) and 8 < sum(kinds) < 32
+
+
+def test_a_zoom_shows_a_square_of_the_asked_size_inside_the_image():
+    """On a ramp, the range that is seen is the side of the square."""
+    ramp = torch.linspace(0, 1, 64, dtype=torch.float64).expand(200, 1, 64, 64)
+    seen = resized_crop_flip(ramp, scale=(0.25, 1.0), flip=False, generator=seeded())
+    side = (seen[:, 0, :, -1] - seen[:, 0, :, 0])[:, 0]
+    assert side.min() > 0.48 and side.max() <= 1 and (side.square() < 0.5).any() and (side.square() > 0.8).any()
+    assert seen.min() >= 0 and seen.max() <= 1
+    assert (seen.diff(dim=3) >= 0).all(), "and nothing is mirrored"
+    assert torch.equal(seen, resized_crop_flip(ramp, flip=False, generator=seeded()))

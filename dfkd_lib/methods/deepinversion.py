@@ -83,7 +83,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "digits": _SMALL
     | {"batch_size": 64, "kd_steps": 100, "g_steps": 80, "bn": 3.0, "tv": 0.0, "jitter": 1, "pad": 1, "flip": False},
     "mnist": _SMALL | {"kd_steps": 100, "g_steps": 80, "jitter": 3, "pad": 2, "flip": False},
-    "cifar10": _SMALL | {"kd_steps": 100, "g_steps": 100, "lr_pixels": 0.1},
+    "cifar10": _SMALL | {"kd_steps": 40, "g_steps": 80, "lr_pixels": 0.1, "lr_student": 0.05, "temperature": 4.0},
 }
 
 

@@ -97,7 +97,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "digits": _GREY
     | {"batch_size": 64, "kd_steps": 10, "synthesis_batch": 64, "latent_dim": 64, "warmup": 20, "pad": 1},
     "mnist": _GREY | {"kd_steps": 20, "latent_dim": 128, "warmup": 15, "pad": 2, "temperature": 4.0, "lr_student": 0.1},
-    "cifar10": _SMALL | {"kd_steps": 25, "ngf": 32, "warmup": 20},
+    "cifar10": _SMALL | {"kd_steps": 25, "ngf": 32, "warmup": 20, "lr_student": 0.05, "temperature": 4.0},
 }
 
 

@@ -1,0 +1,120 @@
+"""What DAFL, ZSKT and DFQ share: a generator that is trained all along and makes fresh images for the student."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import models
+from ..errors import InputError
+from ..runtime import Runtime
+from .distiller import Distillation, Distiller
+from .players import adam, check_positive, update
+
+
+@dataclass(frozen=True)
+class GenerativeSettings(Distillation):
+    """The generator's share of the settings; defaults are those of the scripts of CMI's toolbox for CIFAR.
+
+    Attributes:
+        latent_dim, ngf: n_z and the unit of width of the generator.
+        generator_steps: updates of the generator per outer iteration, each on `batch_size` images.
+        lr_generator: Adam of the generator, betas 0.5 and 0.999.
+        samples_in_eval: the generator's batch-norm uses its running statistics when it makes images for the
+            student, as in the toolbox; False takes those of the batch, as in training.
+    """
+
+    latent_dim: int = 256
+    ngf: int = 64
+    generator_steps: int = 1
+    lr_generator: float = 1e-3
+    samples_in_eval: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "latent_dim", "ngf", "generator_steps", "lr_generator")
+
+
+class GeneratorDistiller(Distiller):
+    """A method whose student learns on fresh images of a generator, none of them stored or augmented.
+
+    A subclass implements :meth:`synthesize`.
+
+    Attributes:
+        generator: noise [B, latent_dim] -> images in [0, 1].
+    """
+
+    PARTS: ClassVar[tuple[str, ...]] = (*Distiller.PARTS, "generator", "generator_optimizer", "generator_scaler")
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        image_shape: Sequence[int],
+        settings: GenerativeSettings,
+        runtime: Runtime,
+    ) -> None:
+        super().__init__(teacher, student, image_shape, settings, runtime)
+        self.generation = settings
+        channels, height, width = self.image_shape
+        generator = models.build_generator(
+            "toolbox_large",
+            latent_dim=settings.latent_dim,
+            image_shape=(channels, height, width),
+            mean=(0.5,) * channels,
+            std=(0.5,) * channels,
+            ngf=settings.ngf,
+        )
+        self.generator = runtime.prepare(generator).train()
+        self.generator_optimizer = adam(self.generator, settings.lr_generator, (0.5, 0.999))
+        self.generator_scaler = runtime.scaler()
+
+    def fresh_noise(self, n: int | None = None) -> Tensor:
+        """z ~ N(0, I), [n, latent_dim]; n defaults to the batch size."""
+        return self.draw_noise(n or self.generation.batch_size, self.generation.latent_dim)
+
+    def descend(self, loss: Tensor) -> None:
+        """One update of the generator."""
+        update(self.generator_optimizer, loss, self.generator_scaler)
+
+    def sample(self, n: int) -> Tensor:
+        """See :meth:`Distiller.sample`: n new images, in the generator's mode for samples."""
+        return self.images_of(self.fresh_noise(n))
+
+    @torch.no_grad()
+    def images_of(self, z: Tensor) -> Tensor:
+        """What the student is shown for the noise z."""
+        self.generator.train(not self.generation.samples_in_eval)
+        self.budget.images += len(z)
+        with self.runtime.autocast():
+            return self.generator(z).to(self.runtime.dtype)
+
+    @torch.no_grad()
+    def pictures(self, n: int) -> Tensor:
+        """See :meth:`Distiller.pictures`: the same noise each time, as the student would be shown it."""
+        z = torch.randn(
+            (max(n, self.generation.batch_size), self.generation.latent_dim),
+            generator=self.runtime.stream("pictures"),
+            device=self.runtime.device,
+            dtype=self.runtime.dtype,
+        )
+        # On a copy, whose running statistics nobody will miss; the whole batch, whose statistics may count.
+        painter = copy.deepcopy(self.generator).train(not self.generation.samples_in_eval)
+        with self.runtime.autocast():
+            return painter(z)[:n].to(self.runtime.dtype)
+
+
+def check_weights(settings: GenerativeSettings, *names: str) -> None:
+    """Refuse weights of loss terms below 0, which would turn a term round.
+
+    Raises:
+        InputError: naming the setting and its value.
+    """
+    for name in names:
+        if not getattr(settings, name) >= 0:
+            raise InputError(f"{name} must be 0 (term left out) or more, not {getattr(settings, name)!r}")

@@ -1,0 +1,107 @@
+"""The benchmark's plain loops and the library compute the same, so that their times may be compared."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import classifier
+from torch import nn
+
+from benchmarks.synthesis import CMI, FAST, METHODS, PlainCMI, PlainFast, short
+from dfkd_lib import distillers
+from dfkd_lib.methods import cmi, fast
+from dfkd_lib.runtime import Runtime
+from dfkd_lib.taps import Seen
+
+TINY = {"batch_size": 8, "synthesis_batch": 12, "latent_dim": 6, "ngf": 4, "pad": 1, "kd_steps": 2, "bank_size": 100}
+
+
+def players() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    networks = classifier(8), classifier(4)
+    with torch.no_grad():
+        for _ in range(10):
+            for network in networks:
+                network(torch.rand(32, 1, 8, 8))
+    return networks
+
+
+def assert_same(a: nn.Module, b: nn.Module) -> None:
+    for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert torch.allclose(x, y, rtol=1e-7, atol=1e-9), name
+
+
+def run_both(ours: fast.Fast | cmi.CMI, plain: PlainFast | PlainCMI) -> None:
+    for _ in range(3):
+        ours.step()
+        plain.synthesize()
+        for _ in range(ours.settings.kd_steps):
+            plain.distil()
+    assert plain.pool is not None and len(plain.pool) == 36
+    assert torch.equal(ours.bank.newest(36), (plain.pool * 255).round().to(torch.uint8))
+    assert_same(ours.student, plain.student)
+    assert_same(ours.generator, plain.generator)
+
+
+def test_fast_equals_its_plain_loop(float64):
+    settings = replace(FAST, **TINY, g_steps=2)
+    ours = fast.Fast(*players(), (1, 8, 8), settings, float64)
+    run_both(ours, PlainFast(*players(), ours.generator, settings, float64))
+
+
+def test_cmi_equals_its_plain_loop(float64):
+    settings = replace(CMI, **TINY, inner_steps=2, head_dim=6, negatives=10, memory_size=24)
+    ours = cmi.CMI(*players(), (1, 8, 8), settings, float64)
+    # In the library's memory a feature has 8 bits; the plain one keeps them all.
+    ours.discriminator.memory.rows = ours.discriminator.memory.rows.double()
+    plain = PlainCMI(*players(), ours.generator, ours.discriminator.head, settings, float64)
+    run_both(ours, plain)
+    assert_same(ours.discriminator.head, plain.head)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_memory_part_knows_every_method(name):
+    runtime = Runtime.choose("cpu", "float32")
+    settings = short(name, batch_size=8, synthesis_batch=12, ngf=4)
+    method = distillers.build(name, *players(), (1, 8, 8), runtime, preset="paper", **settings)
+    method.step()
+    assert method.budget.student_updates <= 12
+
+
+LAYOUTS = [(6, 5, 4, 8), (64, 3, 8, 8), (9, 4), (7, 3, 5), (4, 2, 3, 3, 3)]
+
+
+@pytest.mark.parametrize("shape", LAYOUTS)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 1e-4)]
+)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_statistics_in_one_pass_are_those_of_var_mean(shape, dtype, tolerance, channels_last):
+    if channels_last and len(shape) != 4:
+        pytest.skip("channels-last is for images")
+    x = 2 * torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype) + 3
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    slow, fast_x = (x.clone().requires_grad_() for _ in range(2))
+    full = torch.float64 if dtype == torch.float64 else torch.float32
+    variance, mean = torch.var_mean(slow.to(full), [d for d in range(x.ndim) if d != 1], correction=0)
+    my_mean, my_variance = Seen(nn.Identity(), fast_x).statistics()
+    assert my_mean.dtype == my_variance.dtype == full
+    assert torch.allclose(my_mean, mean, rtol=tolerance, atol=0)
+    assert torch.allclose(my_variance, variance, rtol=tolerance, atol=0)
+    weights = torch.linspace(-1, 1, shape[1], dtype=full)
+    (weights * mean + weights.flip(0) * variance).sum().backward()
+    (weights * my_mean + weights.flip(0) * my_variance).sum().backward()
+    rounding = {torch.bfloat16: 2**-7}.get(dtype, tolerance)
+    assert fast_x.grad.dtype == dtype
+    assert (fast_x.grad - slow.grad).abs().max() <= rounding * slow.grad.abs().max()
+
+
+def test_statistics_and_instance_means_have_right_gradients():
+    x = torch.randn(4, 3, 2, 5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: Seen(nn.Identity(), x).statistics(), x)
+    assert torch.autograd.gradcheck(lambda x: Seen(nn.Identity(), x).instance_means(), x)
+    means = Seen(nn.Identity(), x).instance_means()
+    assert means.dtype == torch.float64 and torch.allclose(means, x.mean((2, 3)), atol=1e-15)
