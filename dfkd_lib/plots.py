@@ -73,6 +73,7 @@ def curves(
     axis.set(xlabel=x_label, ylabel=y_label)
     if "x" in log:
         axis.set_xscale("log")
+        axis.xaxis.set_minor_formatter("")  # powers of ten alone: the labels between them overlap in a narrow panel
     if "y" in log:
         axis.set_yscale("log")
     if len(lines) > 1:

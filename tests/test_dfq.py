@@ -60,7 +60,7 @@ def test_one_call_is_one_adam_step_on_the_loss_of_one_batch(float64):
     loss = generation_loss(plain.terms(t, plain.student(x), seen), plain.settings)
     loss.backward()
     torch.optim.Adam(plain.generator.parameters(), 1e-3, (0.5, 0.999)).step()
-    assert float(metrics["generator loss"]) == pytest.approx(float(loss), abs=1e-12)
+    assert float(metrics["generator loss"]) == pytest.approx(float(loss.detach()), abs=1e-12)
     assert metrics.keys() == TERMS | {"generator loss"}
     for ours, theirs in zip(game.generator.parameters(), plain.generator.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-12)
@@ -164,7 +164,7 @@ def test_digits_are_learnt_without_digits_and_look_like_digits_to_the_teachers_b
     game = DFQ(teacher, student, (1, 8, 8), Settings(**PRESETS["digits"], n_updates=400), runtime)
     first = game.step()
     fit(game, 400 // game.settings.kd_steps - 1, name="digits")
-    assert accuracy(student, test, runtime) > 0.6
+    assert accuracy(student, test, runtime) > 0.7
     game.student.eval()
     last = game.synthesize()
     assert last["bn loss"] < first["bn loss"] / 2

@@ -40,7 +40,8 @@ class Settings(Distillation):
         latent_dim, ngf: length of the noise z, width of the generator.
         synthesis_batch: B, images per call.
         inner_steps: updates of generator and noise per call.
-        lr_generator: Adam of generator, noise and projection head.
+        lr_generator: Adam of generator and noise.
+        lr_head: Adam of the projection head; the authors have one rate for all three.
         bn, oh, adv, cr: weights a of the four terms; a term of weight 0 is not computed.
         preinvert: the first so many calls only invert, without the adversarial term and without the student.
         grow: whether later calls go on inverting; False distils on the pre-inverted images alone.
@@ -63,6 +64,7 @@ class Settings(Distillation):
     synthesis_batch: int = 256
     inner_steps: int = 200
     lr_generator: float = 1e-3
+    lr_head: float = 1e-3
     bn: float = 1.0
     oh: float = 0.5
     adv: float = 0.5
@@ -81,7 +83,7 @@ class Settings(Distillation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, "latent_dim", "ngf", "inner_steps", "lr_generator", "cr_temperature", "head_dim",
+        check_positive(self, "latent_dim", "ngf", "inner_steps", "lr_generator", "lr_head", "cr_temperature", "head_dim",
                        "memory_size", "bank_size")  # fmt: skip
         for name in ("bn", "oh", "adv", "cr", "preinvert", "adv_from", "negatives", "pad"):
             if getattr(self, name) < 0:
@@ -105,7 +107,7 @@ MODES: dict[str, dict[str, Any]] = {
 images, 87.38 %; 40 more calls with the adversarial term, 90.01 %; that term from the first of 200 calls, 88.82 %."""
 
 # One setting for all three: short calls need a fast generator and a class term as heavy as the statistics.
-_SMALL: dict[str, Any] = {"oh": 1.0, "temperature": 4.0, "lr_generator": 0.02, "memory_size": 4096}
+_SMALL: dict[str, Any] = {"oh": 1.0, "temperature": 4.0, "lr_generator": 0.02, "lr_head": 0.02, "memory_size": 4096}
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": _SMALL
     | {
@@ -178,7 +180,7 @@ class Discriminator:
             nn.Linear(n_features, n_features), nn.ReLU(), nn.Linear(n_features, settings.head_dim)
         )  # fmt: skip
         self.head = runtime.prepare(head)
-        self.optimizer = adam(self.head, settings.lr_generator)
+        self.optimizer = adam(self.head, settings.lr_head)
         # Two digits are enough for negatives, and float16 would overflow on a network without normalised inputs.
         self.memory = Bank(settings.memory_size, (2, n_features), torch.bfloat16, runtime.device)
 

@@ -55,6 +55,17 @@ class Settings(GenerativeSettings):
 
 
 PRESETS: dict[str, dict[str, Any]] = {
+    "digits": {
+        "batch_size": 64,
+        "kd_steps": 2,
+        "generator_steps": 2,
+        "latent_dim": 64,
+        "ngf": 16,
+        "bn": 5.0,
+        "balance": 5.0,
+        "lr_student": 0.2,
+        "samples_in_eval": False,
+    },
     "mnist": {
         "batch_size": 128,
         "kd_steps": 5,

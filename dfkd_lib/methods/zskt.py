@@ -41,6 +41,8 @@ class Settings(GenerativeSettings):
         same_z: all student steps of an iteration are taken on the images of one z, the generator's own, for which
             the teacher is asked once; False draws fresh noise for each, as the toolbox does (with kd_steps 5 and
             samples_in_eval).
+        generator_decays: the generator's learning rate follows the student's cosine, as in the authors' code; False
+            keeps it constant, as in the toolbox.
         clip: largest Euclidean norm of either gradient; math.inf clips nothing, as in the toolbox.
         attention_layers, student_attention_layers: names of the layers (see `named_modules`) whose outputs
             [B, C, H, W] are compared, pair by pair; the student's default to the teacher's names. The authors take
@@ -54,6 +56,7 @@ class Settings(GenerativeSettings):
     latent_dim: int = 100
     samples_in_eval: bool = False
     same_z: bool = True
+    generator_decays: bool = False
     clip: float = 5.0
     attention_layers: tuple[str, ...] = ()
     student_attention_layers: tuple[str, ...] = ()
@@ -72,6 +75,14 @@ class Settings(GenerativeSettings):
 
 
 PRESETS: dict[str, dict[str, Any]] = {
+    "digits": {
+        "batch_size": 64,
+        "kd_steps": 5,
+        "generator_steps": 5,
+        "latent_dim": 64,
+        "ngf": 16,
+        "temperature": 4.0,
+    },
     "mnist": {
         "batch_size": 128,
         "kd_steps": 5,
@@ -148,6 +159,8 @@ class ZSKT(GeneratorDistiller):
 
     def synthesize(self) -> dict[str, Tensor]:
         """The generator's updates; returns "generator loss" at the last of them."""
+        if self.settings.generator_decays:
+            set_lr(self.generator_optimizer, self.settings.lr_generator * self.decay())
         self.generator.train()
         for step in range(self.settings.generator_steps):
             if step == 0 or not self.settings.same_z:
@@ -174,10 +187,8 @@ class ZSKT(GeneratorDistiller):
 
     def imitate(self) -> Tensor:
         """One clipped student update on L_S; returns the loss, detached."""
-        settings, budget = self.settings, self.budget
-        if settings.n_updates:
-            factor = cosine(min(budget.student_updates, settings.n_updates), settings.n_updates)
-            set_lr(self.student_optimizer, settings.lr_student * factor)
+        settings = self.settings
+        set_lr(self.student_optimizer, settings.lr_student * self.decay())
         if self.lesson is None or not settings.same_z:
             self.lesson = self.teach()
         lesson = self.lesson
@@ -187,8 +198,13 @@ class ZSKT(GeneratorDistiller):
         if attention:
             loss = loss + settings.beta * self.n_classes * attention_loss(attention, lesson.attention)
         clipped_update(self.student_optimizer, loss, self.student_scaler, self.student.parameters(), settings.clip)
-        budget.student_updates += 1
+        self.budget.student_updates += 1
         return loss.detach()
+
+    def decay(self) -> float:
+        """The factor of the shared cosine at the present student update; 1 without `n_updates`."""
+        done, n_updates = self.budget.student_updates, self.settings.n_updates
+        return cosine(min(done, n_updates), n_updates) if n_updates else 1.0
 
     @torch.no_grad()
     def teach(self) -> Lesson:
