@@ -40,8 +40,12 @@ class Seen:
     def instance_means(self) -> Tensor:
         """Mean of the input over pixels, one row per image: [B, C], in float32 or better."""
         x, full = self.x, _full(self.x)
-        # A sum and not a mean: its gradient is an expanded view, which on a processor is much the faster.
-        return x.flatten(2).sum(2, dtype=full) / x[0, 0].numel() if x.ndim > 2 else x.to(full)
+        if x.ndim == 2:
+            return x.to(full)
+        # A sum and not a mean, and on a processor in the input's own type, which spares copies there and back. It
+        # adds up in float32 all the same; the sum of float16, which only GPUs have, could overflow.
+        total = x.flatten(2).sum(2, dtype=x.dtype if x.device.type == "cpu" else full)
+        return total.to(full) / x[0, 0].numel()
 
 
 class _Moments(torch.autograd.Function):

@@ -261,7 +261,7 @@ def test_the_student_is_left_alone_by_adversarial_synthesis(float32):
 
 
 def test_generator_and_optimiser_start_anew_in_each_call_and_the_head_does_not(float32):
-    inverted = method(float32, replace(SMALL, inner_steps=1, lr_generator=1e-9))
+    inverted = method(float32, replace(SMALL, inner_steps=1, lr_generator=1e-9, lr_head=1e-9))
     weights, heads = [], []
     for _ in range(2):
         inverted.step()
@@ -455,7 +455,7 @@ def test_digits_are_inverted_told_apart_and_learned_from(digits):
     runtime = Runtime.choose("cpu", "float32")
 
     def inverted(cr: float, seed: int) -> CMI:
-        method = on_digits(teacher, seed, cr=cr, preinvert=1, inner_steps=30, kd_steps=30, synthesis_batch=64)
+        method = on_digits(teacher, seed, cr=cr, preinvert=1, inner_steps=30, kd_steps=60, synthesis_batch=64)
         draw = method.draw_targets
         method.draw_targets = lambda n: method.__dict__.setdefault("targets", []).append(draw(n)) or method.targets[-1]
         fit(method, 3, name="digits")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -86,7 +87,8 @@ def test_weights_below_zero_are_refused(name):
 
 def digits_teacher() -> torch.nn.Module:
     train, test = data.load("digits", "train"), data.load("digits", "test")
-    return train_or_load("digits_cnn", train, test, RECIPES["digits"], Runtime.choose("cpu", "float32")).module
+    recipe = replace(RECIPES["digits"], epochs=6)
+    return train_or_load("digits_cnn", train, test, recipe, Runtime.choose("cpu", "float32")).module
 
 
 def on_digits(teacher: torch.nn.Module, seed: int = 0, **changes: Any) -> DAFL:
@@ -103,11 +105,11 @@ def label_entropy(game: DAFL) -> float:
 
 def test_digits_are_learnt_and_balance_is_what_spreads_the_classes():
     teacher = digits_teacher()
-    game = on_digits(teacher, n_updates=400)
-    fit(game, 400 // game.settings.kd_steps, name="digits")
-    assert accuracy(game.student, data.load("digits", "test"), game.runtime) > 0.4
+    game = on_digits(teacher, n_updates=160)
+    fit(game, 160 // game.settings.kd_steps, name="digits")
+    assert accuracy(game.student, data.load("digits", "test"), game.runtime) > 0.3
     unbalanced = on_digits(teacher, balance=0.0)
-    for _ in range(60):
+    for _ in range(20):
         unbalanced.student.eval()
         unbalanced.synthesize()
     assert label_entropy(unbalanced) < label_entropy(game) - 0.2

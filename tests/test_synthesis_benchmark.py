@@ -105,3 +105,13 @@ def test_statistics_and_instance_means_have_right_gradients():
     assert torch.autograd.gradcheck(lambda x: Seen(nn.Identity(), x).instance_means(), x)
     means = Seen(nn.Identity(), x).instance_means()
     assert means.dtype == torch.float64 and torch.allclose(means, x.mean((2, 3)), atol=1e-15)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_instance_means_of_16_bit_activations(channels_last):
+    x = (2 * torch.randn(6, 5, 12, 12, generator=torch.Generator().manual_seed(0)) + 3).bfloat16()
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    means = Seen(nn.Identity(), x).instance_means()
+    assert means.dtype == torch.float32
+    assert torch.allclose(means, x.float().mean((2, 3)), rtol=2**-8)

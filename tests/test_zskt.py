@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -120,7 +121,7 @@ def test_without_attention_and_clipping_the_students_update_is_the_plain_one(flo
     loss.backward()
     torch.optim.SGD(plain.parameters(), 0.1, 0.9, weight_decay=1e-4).step()
     game.student.train()
-    assert float(game.imitate()) == pytest.approx(float(loss), abs=1e-12)
+    assert float(game.imitate()) == pytest.approx(float(loss.detach()), abs=1e-12)
     for ours, theirs in zip(game.student.parameters(), plain.parameters(), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-12)
 
@@ -224,11 +225,12 @@ def test_bad_settings_are_named(bad, named):
 
 
 def test_digits_are_learnt_without_digits():
+    """Few updates and a teacher of few epochs; the margin over chance, 0.1, is far below what was seen."""
     train, test = data.load("digits", "train"), data.load("digits", "test")
     about = data.info("digits")
     runtime = Runtime.choose("cpu", "float32", seed=0)
-    teacher = train_or_load("digits_cnn", train, test, RECIPES["digits"], runtime).module
+    teacher = train_or_load("digits_cnn", train, test, replace(RECIPES["digits"], epochs=6), runtime).module
     student = models.build("digits_cnn_half", n_classes=10, in_channels=1, mean=about.mean, std=about.std)
-    game = ZSKT(teacher, student, (1, 8, 8), Settings(**PRESETS["digits"], n_updates=400), runtime)
-    fit(game, 400 // game.settings.kd_steps, name="digits")
-    assert accuracy(student, test, runtime) > 0.3  # chance is 0.1
+    game = ZSKT(teacher, student, (1, 8, 8), Settings(**PRESETS["digits"], n_updates=200), runtime)
+    fit(game, 200 // game.settings.kd_steps, name="digits")
+    assert accuracy(student, test, runtime) > 0.2

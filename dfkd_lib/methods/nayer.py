@@ -126,7 +126,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "latent_dim": 256, "ngf": 16, "pad": 2, "flip": False, "bank_size": 20_000,
     },
     "cifar10": {
-        "batch_size": 128, "kd_steps": 50, "lr_student": 0.05, "temperature": 4.0, "warmup": 4, "batches_warmup": 3, "batches": 1,
+        "batch_size": 128, "kd_steps": 50, "lr_student": 0.05, "temperature": 4.0, "warmup": 4,
+        "batches_warmup": 3, "batches": 1,
         "synthesis_batch": 100, "g_steps": 25, "g_life": 10, "lr_generator": 0.01, "embedding_dim": 256,
         "latent_dim": 512, "ngf": 32, "bank_size": 20_000,
     },
