@@ -458,7 +458,7 @@ def test_digits_are_inverted_told_apart_and_learned_from(digits):
         method = on_digits(teacher, seed, cr=cr, preinvert=1, inner_steps=30, kd_steps=60, synthesis_batch=64)
         draw = method.draw_targets
         method.draw_targets = lambda n: method.__dict__.setdefault("targets", []).append(draw(n)) or method.targets[-1]
-        fit(method, 3, name="digits")
+        fit(method, 2, name="digits")
         return method
 
     contrastive, plain = ([inverted(cr, seed) for seed in (0, 1)] for cr in (4.0, 0.0))
@@ -471,7 +471,7 @@ def test_digits_are_inverted_told_apart_and_learned_from(digits):
 
     def apart(methods: list[CMI]) -> float:
         return sum(
-            diversity.measure(teacher, m.bank.newest(192), test, runtime)["instance discrimination"] for m in methods
+            diversity.measure(teacher, m.bank.newest(128), test, runtime)["instance discrimination"] for m in methods
         )
 
     assert apart(contrastive) > apart(plain)
