@@ -6,8 +6,9 @@ speed: one synthesis call of FastDFKD and of CMI, and one student update, agains
 pseudo-code: float32, contiguous. WRN-40-2 to WRN-16-1, images 3x32x32, batch 128, 3 inner steps, CMI with a full
 memory. All run in this one process, by turns; medians are compared.
 bank: what share of CMI's call goes to its full banks, 50,000 images and 40,960 pairs of features.
-memory: for each method, the peak during one outer iteration, each in a process of its own; and the growth over 500
-outer iterations on tiny networks, which should be next to nothing.
+memory: for each method, the peak during one outer iteration at batch 128, each in a process of its own (on a
+processor the resident set, in which a bank counts as it fills); and the growth over 500 outer iterations on tiny
+networks, which should be next to nothing.
 
 The plain loops share with the library what is not the loop: networks, augmentation, weight drawing. Like the
 authors' code they freeze no weights in synthesis; unlike it they keep images and features on the device.
@@ -388,9 +389,9 @@ def measure_memory_of(name: str, runtime: Runtime) -> None:
     device = runtime.device
     before = in_use(device)
     method = distillers.build(name, *players(), SHAPE, runtime, preset="paper", **short(name))
-    method.step()  # optimisers and banks take their memory here
     held = reset_peak(device)
-    method.step()
+    for _ in range(2):  # what optimisers keep from the first counts in the second
+        method.step()
     top = peak(device)
     del method
     torch.manual_seed(0)
@@ -404,7 +405,7 @@ def measure_memory_of(name: str, runtime: Runtime) -> None:
     for _ in range(500):
         tiny.step()
     print(
-        f"{name:>14}: held {held - before:6.0f} MiB, peak of an iteration {top - held:6.0f} MiB above it; "
+        f"{name:>14}: built {held - before:5.0f} MiB, peak of an iteration {top - held:5.0f} MiB above that; "
         f"growth over 500 tiny iterations {in_use(device) - level:+.2f} MiB",
         flush=True,
     )
