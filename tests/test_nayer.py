@@ -436,7 +436,7 @@ def one_teacher(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPa
 
 
 def test_on_digits_the_body_keeps_the_style_and_the_layer_holds_the_content(one_teacher):
-    one = digits_game(0, synthesis_batch=30, g_steps=40)
+    one = digits_game(0, synthesis_batch=20, g_steps=40)
     curves = []
     for _ in range(4):
         one.invert()
@@ -449,7 +449,7 @@ def test_on_digits_the_body_keeps_the_style_and_the_layer_holds_the_content(one_
 def test_on_digits_redrawn_layers_make_batches_that_differ_more(one_teacher):
     def distance(redraw: bool, seed: int) -> float:
         one = digits_game(seed, redraw=redraw, synthesis_batch=50)
-        for _ in range(3):
+        for _ in range(2):
             one.invert()
         before, after = one.bank.newest(100).float().div(255).split(50)
         with torch.no_grad():
@@ -461,7 +461,7 @@ def test_on_digits_redrawn_layers_make_batches_that_differ_more(one_teacher):
 
 
 def test_on_digits_the_student_learns_from_its_images(one_teacher):
-    one = digits_game(0, n_updates=100, warmup=2)
+    one = digits_game(0, n_updates=100, warmup=1)
     fit(one, one.settings.warmup + 100 // one.settings.kd_steps, name="digits")
     assert accuracy(one.student, data.load("digits", "test"), one.runtime) > 0.7
 
