@@ -24,7 +24,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  { echo "error: Python 3.11, 3.12 or 3.13 is needed; choose one with make PYTHON=python3.12"; exit 2; }
 	@echo "installing into $(VENV), which takes a few minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[book,test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[batch,book,test,text]"
 	@touch $@
 
 clean:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import mimetypes
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,13 +20,13 @@ import yaml
 
 from . import runs
 from .errors import DFKDError, InputError
-from .files import lock
+from .files import lock, write_text
 from .locations import repository_root
 from .notebooks import execute_file, stripped
 from .parameters import profile as read_profile
 
 
-def build(profile: str = "smoke", workers: int = 2, *, strict: bool = False) -> Path:
+def build(profile: str = "smoke", workers: int = 2, *, strict: bool = False, single: bool = False) -> Path:
     """Run all chapters, then build the book from what was run; returns the path of its `index.html`.
 
     A chapter that was run before at this profile, by the same notebook and library, is not run again; an
@@ -32,6 +35,7 @@ def build(profile: str = "smoke", workers: int = 2, *, strict: bool = False) -> 
     Args:
         workers: chapters at a time; they share the processor's cores evenly.
         strict: a warning of Jupyter Book is an error.
+        single: the whole book as one page, `book.html`, is put beside the index.
 
     Raises:
         DFKDError: a chapter failed (its name and its partial notebook are printed), or the build did.
@@ -57,16 +61,21 @@ def build(profile: str = "smoke", workers: int = 2, *, strict: bool = False) -> 
                 target.write_text(stripped(run), encoding="utf-8")
         with _timed("rendering"):
             index = _render(source, root, strict)
+            if single:
+                print(f"the book in one page is at {_render_single(source, root)}")
     print(f"the book is at {index}")
     return index
 
 
-def build_stored(*, strict: bool = True) -> Path:
-    """Build the book from the outputs that are stored in its notebooks, under `_build/check`."""
+def build_stored(*, strict: bool = True, single: bool = False) -> Path:
+    """Build the book from the outputs that its notebooks store, under `_build/check`; `single` as in `build`."""
     root = _root()
     with lock(root / "_build" / ".lock", timeout=0, what="the book's _build folder"):
         source = _copy_source(root, root / "_build" / "check" / "source")
-        return _render(source, root / "_build" / "check", strict)
+        index = _render(source, root / "_build" / "check", strict)
+        if single:
+            _render_single(source, root / "_build" / "check")
+        return index
 
 
 def toc_files(root: Path) -> list[Path]:
@@ -159,8 +168,75 @@ def _render(source: Path, target: Path, strict: bool) -> Path:
     html = target / "_build" / "html"
     for stale in (html, html.parent / ".doctrees"):
         shutil.rmtree(stale, ignore_errors=True)
+    lines, failed = _jupyter_book(source, target, ["-W", "--keep-going"] if strict else [])
+    for line in lines if failed else (line for line in lines if "WARNING" in line or "ERROR" in line):
+        print(line)
+    if failed or not (html / "index.html").is_file():
+        raise DFKDError("Jupyter Book did not build the book; the lines above say why")
+    _without_thebe(html)
+    return html / "index.html"
+
+
+def _render_single(source: Path, target: Path) -> Path:
+    """Put the whole book as one page, with its pictures inside, beside the index that was built."""
+    lines, failed = _jupyter_book(source, target, ["--builder", "singlehtml"])
+    page = target / "_build" / "singlehtml" / "book" / "intro.html"
+    if failed or not page.is_file():
+        print("\n".join(lines))
+        raise DFKDError("Jupyter Book did not build the single page; the lines above say why")
+    single = target / "_build" / "html" / "book.html"
+    write_text(single, _self_contained(page))
+    return single
+
+
+def _self_contained(page: Path) -> str:
+    """The text of a page with its local styles and pictures inside and its local scripts left out."""
+
+    def local(address: str) -> Path:  # Sphinx writes a root page in a folder as if it lay at the top
+        name = address.split("?")[0].split("#")[0]
+        return next((path for base in page.parents[:2] if (path := base / name).is_file()), page.parent / name)
+
+    def picture(found: re.Match[str]) -> str:
+        path = local(found[2])
+        if not path.is_file():
+            return found[0]
+        kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+        return f"{found[1]}data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}{found[3]}"
+
+    def style(found: re.Match[str]) -> str:
+        address = re.search(r'href="([^"]+\.css[^"]*)"', found[0])
+        path = local(address[1]) if address else page
+        return f"<style>{_plain_style(path)}</style>" if address and path.is_file() else ""
+
+    plain = "<style>.bd-sidebar-primary, .bd-header-article, .skip-link {display: none !important}</style></head>"
+    text = re.sub(r"<link[^>]*>", style, page.read_text(encoding="utf-8")).replace("</head>", plain, 1)
+    text = re.sub(r'<script[^>]*src="(?!https?:)[^"]*"[^>]*></script>', "", text)
+    text = re.sub(r"<script>(?!window\.MathJax).*?</script>", "", text, flags=re.S)  # they steer what was left out
+    return re.sub(r'(<img[^>]*src=")(?!data:|https?:)([^"]+)(")', picture, text)
+
+
+def _plain_style(path: Path) -> str:
+    """A style sheet with those that it imports inside, without the fonts of icons and other files."""
+    text = re.sub(
+        r'@import (?:url\()?"([^"]+)"\)?;',
+        lambda found: _plain_style(path.parent / found[1]) if (path.parent / found[1]).is_file() else "",
+        path.read_text(encoding="utf-8"),
+    )
+    return re.sub(r"url\((?![\"']?(?:data:|#))[^)]*\)", "none", re.sub(r"@font-face\s*\{[^}]*\}", "", text))
+
+
+def _without_thebe(html: Path) -> None:
+    """Take out the scripts of Thebe, which no page uses and which Jupyter Book puts in twice: an error in browsers."""
+    scripts = r"<script>const THEBE_JS_URL.*?</script>|<script[^>]*sphinx-thebe[^>]*></script>"
+    for page in html.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        if (plain := re.sub(scripts, "", text)) != text:
+            page.write_text(plain, encoding="utf-8")
+
+
+def _jupyter_book(source: Path, target: Path, options: list[str]) -> tuple[list[str], bool]:
+    """Run Jupyter Book; returns what it said, and whether it failed."""
     call = "import sys; from jupyter_book.cli.main import main; sys.exit(main())"
-    options = ["-W", "--keep-going"] if strict else []
     run = subprocess.run(
         [sys.executable, "-c", call, "build", str(source), "--path-output", str(target), *options],
         stdin=subprocess.DEVNULL,
@@ -168,12 +244,7 @@ def _render(source: Path, target: Path, strict: bool) -> Path:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    lines = run.stdout.splitlines()
-    for line in lines if run.returncode else (line for line in lines if "WARNING" in line or "ERROR" in line):
-        print(line)
-    if run.returncode or not (html / "index.html").is_file():
-        raise DFKDError("Jupyter Book did not build the book; the lines above say why")
-    return html / "index.html"
+    return run.stdout.splitlines(), bool(run.returncode)
 
 
 @contextmanager

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import __version__
-from .errors import DFKDError, InputError
+from .errors import DFKDError, InputError, unknown
 from .locations import book_root, cache_root, data_root
 from .parameters import (
     cells,
@@ -25,9 +29,12 @@ from .parameters import (
     profiles,
     read_yaml,
 )
+from .progress import clock
 
 if TYPE_CHECKING:
-    import pandas as pd
+    from .batch import Summary
+    from .plans import Plan
+    from .tables import Table
 
 
 class _Parser(argparse.ArgumentParser):
@@ -38,13 +45,16 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one `dfkd` command and return its exit status; an error is one line on stderr."""
     words = list(sys.argv[1:] if argv is None else argv)
+    verbose = False
     try:
-        args = _parser().parse_args(words)
-        args.command = shlex.join(["dfkd", *words])
+        args = parser().parse_args(words)
+        args.command, verbose = shlex.join(["dfkd", *words]), getattr(args, "verbose", False)
         status = args.work(args)
         return int(status or 0)
     except DFKDError as e:
-        print(f"dfkd: error: {e}", file=sys.stderr)
+        if verbose:
+            traceback.print_exc()
+        print(f"{_coloured('dfkd: error:', '31')} {e}", file=sys.stderr)
         return 2 if isinstance(e, InputError) else 1
     except KeyboardInterrupt as e:
         print(f"dfkd: interrupted{e}", file=sys.stderr)
@@ -54,16 +64,58 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="dfkd", description="Distilling Without Data: run the book's chapters.")
-    parser.add_argument("--version", action="version", version=f"dfkd {__version__}")
-    commands = parser.add_subparsers(dest="name", metavar="COMMAND", required=True)
+def _coloured(text: str, colour: str) -> str:
+    """Text for stderr, in colour where that is a terminal and nobody has asked for none (NO_COLOR)."""
+    wanted = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    return f"\x1b[{colour}m{text}\x1b[0m" if wanted else text
 
-    one = commands.add_parser("list", help="chapters and their profiles, or the parameters of one chapter")
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command."""
+    top = _Parser(
+        prog="dfkd",
+        description="Distilling Without Data: run the book's chapters, alone or in batches.",
+        epilog="Exit status: 0 success, 1 the work failed, 2 wrong input, 130 interrupted.\n"
+        "Examples of each command: dfkd COMMAND --help",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"dfkd {__version__}")
+    commands = top.add_subparsers(dest="name", metavar="COMMAND", required=True)
+
+    def command(
+        name: str, work: Callable[[argparse.Namespace], int | None], about: str, examples: str, as_json: str = ""
+    ) -> argparse.ArgumentParser:
+        one: argparse.ArgumentParser = commands.add_parser(
+            name,
+            help=about,
+            description=about[0].upper() + about[1:] + ".",
+            epilog="examples:\n" + "\n".join(f"  {line}" for line in examples.splitlines()),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        how_much = one.add_mutually_exclusive_group()
+        how_much.add_argument("-q", "--quiet", action="store_true", help="no progress; errors and results only")
+        how_much.add_argument("-v", "--verbose", action="store_true", help="tracebacks of failures too")
+        if as_json:
+            one.add_argument("--json", action="store_true", help=as_json)
+        one.set_defaults(work=work)
+        return one
+
+    one = command(
+        "list",
+        _list,
+        "chapters and their profiles, or the parameters of one chapter",
+        "dfkd list\ndfkd list fast\ndfkd list --json",
+        "as one JSON value",
+    )
     one.add_argument("chapter", nargs="?", metavar="CHAPTER")
-    one.set_defaults(work=_list)
 
-    one = commands.add_parser("run", help="run a chapter; leaves notebook.ipynb and record.json in a folder")
+    one = command(
+        "run",
+        _run,
+        "run a chapter; leaves notebook.ipynb and record.json in a folder",
+        "dfkd run fast\ndfkd run fast --profile cpu --seed 3 -p n_updates 200 --out mine\ndfkd run fast --resume mine",
+        "print progress and the outcome as JSON lines",
+    )
     one.add_argument("chapter", metavar="CHAPTER")
     one.add_argument("--profile", metavar="P", help="smoke (the default), cpu, gpu or paper")
     one.add_argument("--seed", metavar="N", help="short for -p seed N")
@@ -74,48 +126,136 @@ def _parser() -> argparse.ArgumentParser:
     where = one.add_mutually_exclusive_group()
     where.add_argument("--out", type=Path, metavar="DIR", help="default: runs/CHAPTER-PROFILE-seedN")
     where.add_argument("--resume", type=Path, metavar="DIR", help="continue the unfinished run in DIR")
-    one.add_argument("--json", action="store_true", help="print progress and the outcome as JSON lines")
-    one.set_defaults(work=_run)
 
-    one = commands.add_parser("results", help="figures of the committed runs and of one's own")
+    one = command(
+        "batch",
+        _batch,
+        "run the points of a plan that are not finished yet; the same command continues a batch that was stopped",
+        "dfkd batch book/plans/smoke.yml --dry-run\n"
+        "dfkd batch book/plans/smoke.yml --workers 2\n"
+        "dfkd batch cifar10 --scheduler tcp://10.0.0.1:8786\n"
+        "dfkd batch smoke --retry-failed --json",
+        "print every event and the summary as JSON lines",
+    )
+    one.add_argument("plan", metavar="PLAN.yml", help="a file, or the name of a plan of the book")
+    one.add_argument("--out", type=Path, metavar="DIR", help="a folder for each point goes here (default: runs/PLAN)")
+    machines = one.add_mutually_exclusive_group()
+    machines.add_argument("--workers", type=int, metavar="N", help="points at a time on this machine (default: 2)")
+    machines.add_argument("--scheduler", metavar="ADDRESS", help="of a running Dask scheduler, tcp://HOST:PORT")
+    one.add_argument("--dry-run", action="store_true", help="print the points and the hours they take, and stop")
+    one.add_argument("--retry-failed", action="store_true", help="run points again that failed before")
+
+    one = command(
+        "results",
+        _results,
+        "the book's tables, from the committed runs and one's own: mean and standard deviation over seeds",
+        "dfkd results\n"
+        "dfkd results fast --runs runs/cifar10\n"
+        "dfkd results --format latex > tables.tex\n"
+        "dfkd results --format csv > figures.csv     # every metric: mean, sd, n\n"
+        "dfkd results --csv > runs.csv               # one line per run and metric",
+        "short for --format json",
+    )
     one.add_argument("chapter", nargs="?", metavar="CHAPTER")
     one.add_argument(
         "--runs", type=Path, action="append", metavar="DIR", help="folder of run folders (default: runs, if there)"
     )
-    one.add_argument("--csv", action="store_true", help="one line per run and metric")
-    one.set_defaults(work=_results)
+    one.add_argument("--committed", action="store_true", help="the runs of the book alone, as its pages show them")
+    one.add_argument("--claims", action="store_true", help="the claims with their verdicts instead of the figures")
+    form = one.add_mutually_exclusive_group()
+    form.add_argument("--format", default="text", choices=("text", "csv", "latex", "json"), help="default: text")
+    form.add_argument("--csv", action="store_true", help="one line per run and metric")
 
-    one = commands.add_parser("book", help="run every chapter and build the book from what was run")
+    one = command(
+        "book",
+        _book,
+        "run every chapter and build the book from what was run",
+        "dfkd book\ndfkd book --profile gpu --workers 1\ndfkd book --stored --single",
+    )
     one.add_argument("--profile", default="smoke", metavar="P", help="of all chapters (default: smoke)")
     one.add_argument("--workers", type=int, default=2, metavar="N", help="chapters at a time (default: 2)")
-    one.set_defaults(work=_book)
+    one.add_argument("--stored", action="store_true", help="run nothing: build from the outputs that are stored")
+    one.add_argument("--single", action="store_true", help="the whole book as one HTML page to keep, too")
 
-    one = commands.add_parser("doctor", help="what is installed, which device, which data are there")
-    one.set_defaults(work=_doctor)
+    command(
+        "doctor", _doctor, "what is installed, which device, which data are there", "dfkd doctor", "as one JSON value"
+    )
 
-    one = commands.add_parser("data", help="download and convert a dataset")
+    one = command("data", _data, "download and convert a dataset", "dfkd data cifar10", "the paths as one JSON value")
     one.add_argument("dataset", metavar="NAME")
-    one.set_defaults(work=_data)
 
-    one = commands.add_parser("test", help="everything that a change must pass")
-    one.set_defaults(work=_test)
+    command("test", _test, "everything that a change must pass", "dfkd test")
 
-    one = commands.add_parser("refresh", help="for contributors: run stored notebooks anew, in place")
+    one = command(
+        "refresh",
+        _refresh,
+        "for contributors: run stored notebooks anew, in place",
+        "dfkd refresh fast\ndfkd refresh all",
+    )
     one.add_argument("notebook", metavar="NAME", help="a chapter, a page such as results, or all")
-    one.set_defaults(work=_refresh)
-    return parser
+
+    one = command(
+        "completion",
+        _completion,
+        "print what a shell needs to complete this command",
+        "dfkd completion bash > ~/.local/share/bash-completion/completions/dfkd\n"
+        "dfkd completion zsh > ~/.zfunc/_dfkd          # a folder of $fpath\n"
+        "dfkd completion tcsh >> ~/.tcshrc",
+    )
+    one.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    return top
+
+
+def _completion(args: argparse.Namespace) -> None:
+    try:
+        import shtab
+    except ImportError as e:
+        raise DFKDError(f"completion needs shtab ({e}): pip install 'dfkd-lib[batch]'") from e
+    print(shtab.complete(_with_names(parser()), args.shell))
+
+
+def _with_names(top: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """The parser with the names that exist now as choices, and files where files are meant."""
+    import shtab
+
+    from .data import names as datasets
+    from .notebooks import stored_notebooks
+
+    known = {
+        "chapter": chapters(),
+        "profile": sorted({name for chapter in chapters() for name in profiles(chapter)}),
+        "dataset": datasets(),
+        "notebook": [*(path.stem for path in stored_notebooks()), "all"],
+    }
+    files = {"plan": shtab.FILE, "file": shtab.FILE, "out": shtab.DIR, "resume": shtab.DIR, "runs": shtab.DIR}
+    for action in top._subparsers._group_actions[0].choices.values():  # type: ignore[union-attr]
+        for option in action._actions:
+            if option.dest in known:
+                option.choices = known[option.dest]
+            elif option.dest in files:
+                option.complete = files[option.dest]
+    return top
 
 
 def _list(args: argparse.Namespace) -> None:
     if args.chapter:
-        for known in parameters(args.chapter).values():
-            about = " ".join(filter(None, [known.range, known.help]))
-            print(f"{known.name} = {known.default!r} ({known.type})  {about}".rstrip())
+        known = parameters(args.chapter).values()
+        if args.json:
+            facts = {p.name: {"default": p.default, "type": p.type, "range": p.range, "help": p.help} for p in known}
+            print(json.dumps(facts, indent=1))
+            return
+        for one in known:
+            about = " ".join(filter(None, [one.range, one.help]))
+            print(f"{one.name} = {one.default!r} ({one.type})  {about}".rstrip())
         return
-    for chapter in chapters():
+    notes = {chapter: {name: profile_note(chapter, name) for name in profiles(chapter)} for chapter in chapters()}
+    if args.json:
+        print(json.dumps({c: {"title": _title(c), "profiles": of} for c, of in notes.items()}, indent=1))
+        return
+    for chapter, of in notes.items():
         print(f"{chapter}: {_title(chapter)}")
-        for name in profiles(chapter):
-            print(f"  {name:6} {profile_note(chapter, name)}".rstrip())
+        for name, note in of.items():
+            print(f"  {name:6} {note}".rstrip())
 
 
 def _title(chapter: str) -> str:
@@ -160,9 +300,11 @@ def _run_or_resume(args: argparse.Namespace) -> dict[str, Any]:
         if runs.is_finished(folder):
             print(f"the run in {folder} is finished", file=sys.stderr)
         else:
+            events = folder / "events.jsonl"
+            quiet = args.quiet and not args.json
             try:
-                with runs.Follow(folder / "events.jsonl", as_json=args.json):
-                    environment = {"DFKD_EVENTS": str(folder / "events.jsonl"), "DFKD_COMMAND": command}
+                with contextlib.nullcontext() if quiet else runs.Follow(events, as_json=args.json):
+                    environment = {"DFKD_EVENTS": str(events), "DFKD_COMMAND": command}
                     execute(args.chapter, folder, given, environment=environment)
             except KeyboardInterrupt:
                 again = shlex.join(["dfkd", "run", args.chapter, "--resume", str(folder)])
@@ -208,50 +350,165 @@ def _check_device(chapter: str, given: dict[str, Any]) -> None:
     Runtime.choose(chosen.get("device", "auto"), chosen.get("precision", "auto"))
 
 
-def _results(args: argparse.Namespace) -> None:
-    import pandas as pd
+def _batch(args: argparse.Namespace) -> int:
+    from . import batch, plans
 
-    from . import records
+    if args.workers is not None and args.workers < 1:
+        raise InputError(f"workers must be 1 or more, not {args.workers}")
+    path = _plan_path(args.plan)
+    plan = plans.read(path)
+    out = (args.out or Path("runs") / plan.name).expanduser()
+    workers = args.workers or 2
+    say = (lambda event: print(json.dumps(event), flush=True)) if args.json else None
+    if args.dry_run:
+        return _show_plan(plan, out, workers, args.json)
+    for label, why in plan.refused:
+        print(f"{_coloured('dfkd: refused:', '31')} {label}: {why}", file=sys.stderr)
+    if not plan.points:
+        raise InputError(f"{path} has no point that can run")
+    if not args.scheduler:
+        for chosen, point in {_chosen(point.values): point for point in plan.points}.items():
+            if chosen not in {("auto", "auto"), ("auto", "float32"), ("cpu", "float32")}:
+                _check_device(point.chapter, point.given)
+    try:
+        summary = batch.run(
+            plan,
+            out,
+            workers=workers,
+            scheduler=args.scheduler,
+            retry_failed=args.retry_failed,
+            say=say,
+            show=not (args.quiet or args.json),
+            verbose=args.verbose,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"; what is finished stays, continue with: {args.command}") from None
+    if args.json:
+        print(json.dumps({"event": "summary", **asdict(summary)}), flush=True)
+    else:
+        _print_summary(summary, out)
+    return summary.status
+
+
+def _plan_path(name: str) -> Path:
+    """The file of a plan, or the plan of the book that has this name."""
+    if Path(name).is_file():
+        return Path(name)
+    ours = {path.stem: path for path in sorted((book_root() / "plans").glob("*.yml"))}
+    if name in ours:
+        return ours[name]
+    raise unknown("plan", name, ours)
+
+
+def _show_plan(plan: Plan, out: Path, workers: int, as_json: bool) -> int:
+    from . import plans
+
+    known = plans.recorded(out, Path("runs"), Path("_build/runs"))
+    states = [plans.state(out / point.name) for point in plan.points]
+    took = [plans.estimate(point, known) for point in plan.points]
+    left = [seconds for state, seconds in zip(states, took, strict=True) if state not in ("finished", "failed")]
+    hours, unknown_hours = sum(seconds[0] for seconds in left if seconds) / 3600, left.count(None)
+    status = 2 if plan.refused else 0
+    if as_json:
+        points = [
+            {
+                "point": p.name,
+                "what": p.label,
+                "state": state,
+                "hours": t and t[0] / 3600,
+                "of this point": bool(t and t[1]),
+            }
+            for p, state, t in zip(plan.points, states, took, strict=True)
+        ]
+        facts = {"title": plan.title, "points": points, "refused": plan.refused, "to run": len(left)}
+        print(json.dumps(facts | {"hours": hours, "without record": unknown_hours, "workers": workers}, indent=1))
+        return status
+    if plan.title:
+        print(plan.title)
+    for point, state, seconds in zip(plan.points, states, took, strict=True):
+        shown = f"{seconds[0] / 3600:7.2f} h {'' if seconds[1] else '~'}" if seconds else "  no record"
+        print(f"{state:10} {shown:13} {point.label}")
+    for label, why in plan.refused:
+        print(f"{'refused':10} {'':13} {label}: {why}")
+    shared = f", about {hours / workers:.2f} h with {workers} workers" if workers > 1 else ""
+    print(f"{len(states)} points, {len(left)} of them to run: {hours:.2f} h of work{shared}")
+    if unknown_hours:
+        print(f"{unknown_hours} of them have no record of their profile, and are not in these hours")
+    if any(seconds and not seconds[1] for seconds in took):
+        print("~ is the mean of other runs of the profile; the machine that was recorded may not be yours")
+    return status
+
+
+def _print_summary(summary: Summary, out: Path) -> None:
+    counts = [f"{summary.finished} done" + (f" ({summary.before} before)" if summary.before else "")]
+    counts += [f"{len(items)} {what}" for what, items in _bad(summary).items() if items]
+    print(f"{', '.join(counts)}, in {clock(summary.seconds)}")
+    for _, folder, error in summary.failed:
+        print(f"failed: {error}\n  kept in {folder}: the partial notebook, and the traceback in failed.json")
+    for why in dict.fromkeys(error for _, _, error in summary.not_run):
+        print(f"not run: {why}")
+    for label, why in summary.refused:
+        print(f"refused: {label}: {why}")
+    if summary.failed:
+        print("--retry-failed runs what failed again")
+    if summary.finished:
+        print(f"the figures: dfkd results --runs {shlex.quote(str(out))}")
+
+
+def _bad(summary: Summary) -> dict[str, Sequence[Any]]:
+    return {"failed": summary.failed, "not run": summary.not_run, "refused": summary.refused}
+
+
+def _chosen(values: dict[str, Any]) -> tuple[str, str]:
+    return values.get("device", "auto"), values.get("precision", "auto")
+
+
+def _results(args: argparse.Namespace) -> None:
+    from . import records, tables
 
     if args.chapter:
         notebook_path(args.chapter)
     for folder in args.runs or []:
         if not folder.is_dir():
             raise InputError(f"there is no folder {folder}")
-    folders = args.runs or [Path("runs")]
-    own = [records.read(path.parent) for folder in folders for path in sorted(folder.rglob("record.json"))]
-    found = records.committed(*filter(None, [args.chapter])) + [r for r in own if args.chapter in (None, r["chapter"])]
+    own = [] if args.committed else tables.under(args.runs or [Path("runs")])
+    found = records.committed() + own
+    if args.chapter:
+        found = [record for record in found if record["chapter"] == args.chapter]
+    form = "json" if args.json else args.format
     if args.csv:
-        rows = [
-            {key: r[key] for key in ("chapter", "run", "profile", "seed")}
-            | {"metric": metric, "final": value, "best": r["best"].get(metric)}
-            for r in found
-            for metric, value in r["metrics"].items()
-        ]
-        columns = ["chapter", "run", "profile", "seed", "metric", "final", "best"]
-        sys.stdout.write(pd.DataFrame(rows, columns=columns).to_csv(index=False))
-    elif not found:
-        print("no runs yet: dfkd run CHAPTER makes one")
-    for chapter in sorted({r["chapter"] for r in found}) if not args.csv else ():
-        for label, group in records.group([r for r in found if r["chapter"] == chapter]).items():
-            runs = ", ".join(r["run"] for r in group)
-            print(f"{chapter}, {label} ({runs})\n{_summary(group).to_string(na_rep='-')}\n")
+        sys.stdout.write(tables.each_run(found).to_csv(index=False))
+    elif form == "csv" and not args.claims:
+        sys.stdout.write(tables.values(found).to_csv(index=False))
+    elif form == "json" and not args.claims:
+        print(tables.values(found).to_json(orient="records", indent=1))
+    else:
+        _print_tables(tables.claims(found) if args.claims else tables.results(found), form)
+        if not found and form == "text":
+            print("no runs yet: dfkd run CHAPTER makes one")
 
 
-def _summary(group: list[dict[str, Any]]) -> pd.DataFrame:
-    """Runs that differ by seed alone, a row per metric: mean and standard deviation of final, mean of best."""
-    import pandas as pd
+def _print_tables(shown: list[Table], form: str) -> None:
+    from . import tables
 
-    final = pd.DataFrame([r["metrics"] for r in group], dtype=float)
-    best = pd.DataFrame([r["best"] for r in group], dtype=float).mean()
-    columns = {"final": final.mean(), "sd": final.std(), "best": best.reindex(final.columns), "runs": final.count()}
-    return pd.DataFrame(columns).round(4)
+    if form == "latex":
+        sys.stdout.write(tables.latex(shown))
+    elif form == "json":
+        print(json.dumps([{"caption": t.caption, "rows": t.frame.to_dict("records")} for t in shown], indent=1))
+    elif form == "csv":
+        sys.stdout.write("\n".join(f"# {table.caption}\n{table.frame.to_csv(index=False)}" for table in shown))
+    else:
+        for table in shown:
+            print(f"{table.caption}\n{table.frame.to_string(index=False)}\n")
 
 
 def _book(args: argparse.Namespace) -> None:
-    from .book import build
+    from .book import build, build_stored
 
-    build(args.profile, args.workers)
+    if args.stored:
+        print(f"the book is at {build_stored(single=args.single)}")
+    else:
+        build(args.profile, args.workers, single=args.single)
 
 
 def _doctor(args: argparse.Namespace) -> None:
@@ -260,27 +517,44 @@ def _doctor(args: argparse.Namespace) -> None:
     from . import data
     from .runtime import Runtime
 
-    print(f"dfkd_lib     {__version__}, book at {book_root()}")
-    print(f"python       {sys.version.split()[0]}, {sys.executable}")
-    for name in ("torch", "torchvision", "numpy", "scikit-learn", "papermill", "ipykernel", "jupyter-book"):
+    found: dict[str, str] = {}
+    for name in ("torch", "torchvision", "numpy", "scikit-learn", "papermill", "ipykernel", "jupyter-book", "dask"):
+        extra = "batch" if name == "dask" else "book"
         try:
-            print(f"{name:12} {version(name)}")
+            found[name] = version(name)
         except PackageNotFoundError:
-            print(f"{name:12} absent: pip install 'dfkd-lib[book]'")
-    print(f"runtime      {Runtime.choose().describe()}")
+            found[name] = f"absent: pip install 'dfkd-lib[{extra}]'"
+    free = {}
     for what, folder in {"data": data_root(), "cache": cache_root()}.items():
         there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-        print(f"{what:12} {folder}, {shutil.disk_usage(there).free / 2**30:.1f} GiB free")
+        free[what] = f"{folder}, {shutil.disk_usage(there).free / 2**30:.1f} GiB free"
+    sets = {}
     for name in data.names():
         stored = (data_root() / name / "train.npz").is_file()
-        state = "embedded" if name in data.sources.EMBEDDED else "there" if stored else f"not there: dfkd data {name}"
-        print(f"  {name:14} {state}")
+        sets[name] = (
+            "embedded" if name in data.sources.EMBEDDED else "there" if stored else f"not there: dfkd data {name}"
+        )
+    facts = {
+        "dfkd_lib": f"{__version__}, book at {book_root()}",
+        "python": f"{sys.version.split()[0]}, {sys.executable}",
+    }
+    facts |= found | {"runtime": Runtime.choose().describe()} | free
+    if args.json:
+        print(json.dumps(facts | {"datasets": sets}, indent=1))
+        return
+    for name, text in facts.items():
+        print(f"{name:12} {text}")
+    for name, text in sets.items():
+        print(f"  {name:14} {text}")
 
 
 def _data(args: argparse.Namespace) -> None:
     from . import data
 
     paths = data.prepare(args.dataset)
+    if args.json:
+        print(json.dumps([str(path) for path in paths]))
+        return
     print("\n".join(map(str, paths)) or f"{args.dataset} is embedded: there is nothing to fetch")
 
 
@@ -291,7 +565,6 @@ def _test(args: argparse.Namespace) -> int:
 
 
 def _refresh(args: argparse.Namespace) -> None:
-    from .errors import unknown
     from .notebooks import refresh, stored_notebooks
 
     known = {path.stem: path for path in stored_notebooks()}

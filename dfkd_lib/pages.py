@@ -5,15 +5,16 @@ from __future__ import annotations
 import html
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import papers, parameters, records
-from .display import percent
+from . import parameters, records, tables
 from .locations import repository_root
-from .papers import Cell, Claim, Paper, Record, Verdict, judge, paper, paper_ids, seeds
+from .papers import paper, paper_ids, seeds
+from .tables import at_largest_scale
+from .tables import comparison as comparison  # chapters call it as pages.comparison
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,83 +25,16 @@ NO_RUNS = "No larger run is committed yet: there are no figures to show."
 
 
 def results() -> HTML:
-    """Our figures beside the published ones: one table for each paper, committed run and experiment."""
-    tables = []
-    for card in map(paper, paper_ids()):
-        for label, runs in records.group(records.committed(*card.chapters)).items():
-            for experiment, measure in {table.experiment: table.measure for table in card.tables}.items():
-                frame = comparison(card.id, experiment, runs, measure)
-                caption = f"{card.title}, {experiment}: {measure} in percent ({label}, {seeds(len(runs))})"
-                if len(frame):
-                    tables.append(table_html(frame, caption))
-    return _html(*tables or [_line(NO_RUNS)])
-
-
-def comparison(paper_id: str, experiment: str, runs: Sequence[Record], measure: str = "") -> pd.DataFrame:
-    """Figures of one experiment beside the published ones, in percent.
-
-    Args:
-        runs: records that differ by seed alone.
-        measure: which figure of each row; by default what the card's first table of the experiment shows.
-
-    Returns:
-        method, final, best, and one column for each published table that has the runs' dataset. Where the
-        paper names a method otherwise than our chapter does, its name follows in brackets. No rows if nothing
-        but the teacher was measured.
-    """
-    import pandas as pd
-
-    measure = measure or next(table.measure for table in paper(paper_id).tables if table.experiment == experiment)
-    keys = dict.fromkeys(key for run in runs for key in run["metrics"])
-    rows = [(key.split("/")[1], key) for key in keys if key.split("/")[::2] == [experiment, measure]]
-    if {row for row, _ in rows} == {"teacher"}:
-        rows = []
-    columns = {
-        heading: {row: papers.percent([run[part][key] for run in runs if key in run[part]]) for row, key in rows}
-        for heading, part in (("final", "metrics"), ("best", "best"))
-    }
-    names: dict[str, str] = {}
-    for table in paper(paper_id).tables if rows else ():
-        dataset = str(runs[0]["parameters"].get(table.parameter))
-        if (table.experiment, table.measure) != (experiment, measure) or dataset not in table.columns:
-            continue
-        column = columns.setdefault(f"{table.source}, {table.columns[dataset]}", {})
-        for label, cells in table.rows.items():
-            row = table.ours.get(label, label)
-            names.setdefault(row, row if row.lower() == label.lower() else f"{row} ({label})")
-            if dataset in cells:
-                column[row] = _theirs(cells[dataset])
-    names |= {row: names.get(row, row) for row, _ in rows}
-    return pd.DataFrame(
-        {"method": list(names.values())}
-        | {heading: [column.get(row, "") for row in names] for heading, column in columns.items()}
-    )
+    """Our figures beside the published ones: the tables of :func:`dfkd_lib.tables.results`, from the committed runs."""
+    shown = [table_html(table.frame, table.caption) for table in tables.results(records.committed())]
+    return _html(*shown or [_line(NO_RUNS)])
 
 
 def claims() -> HTML:
-    """Each claim of each paper, with its verdict at the largest scale at which a committed run tested it."""
-    import pandas as pd
-
-    parts = [] if records.committed() else [_line(NO_RUNS)]
-    for card in map(paper, paper_ids()):
-        groups = records.group(records.committed(*card.chapters))
-        rows = []
-        for claim in card.claims:
-            run, verdict = at_largest_scale(claim, groups)
-            figures = f"{verdict.figures} ({run})" if run else verdict.figures
-            rows.append((claim.text, claim.where, verdict.verdict, figures))
-        frame = pd.DataFrame(rows, columns=["claim", "where", "verdict", "figures"])
-        parts.append(table_html(frame, _citation(card)))
-    return _html(*parts)
-
-
-def at_largest_scale(claim: Claim, groups: Mapping[str, Sequence[Record]]) -> tuple[str, Verdict]:
-    """The first of the groups, largest scale first, whose records test the claim, and what they say."""
-    for label, runs in groups.items():
-        verdict = judge(claim, runs)
-        if verdict.n:
-            return label, verdict
-    return "", judge(claim, [])
+    """Each claim of each paper: the tables of :func:`dfkd_lib.tables.claims`, from the committed runs."""
+    found = records.committed()
+    shown = [table_html(table.frame, table.caption) for table in tables.claims(found)]
+    return _html(*([] if found else [_line(NO_RUNS)]), *shown)
 
 
 def chapters() -> HTML:
@@ -286,11 +220,3 @@ def _html(*parts: str) -> HTML:
     from IPython.display import HTML
 
     return HTML("\n".join(parts))
-
-
-def _citation(card: Paper) -> str:
-    return f"{card.title} ({card.authors[0]} et al., {card.year}, arXiv {card.arxiv})"
-
-
-def _theirs(cell: Cell) -> str:
-    return "failed" if cell is None else percent(*cell)

@@ -12,8 +12,6 @@ import time
 from types import TracebackType
 from typing import Any
 
-import torch
-
 
 class Progress:
     """Shows how far a run of `n_steps` is. Use as a context manager around the loop.
@@ -103,6 +101,8 @@ def figures(metrics: dict[str, float]) -> str:
 
 def memory() -> str:
     """Peak device memory, on CUDA."""
+    import torch  # here: the processes that drive kernels show progress, and need no torch
+
     return f", {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_initialized() else ""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +12,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_book
 
-from dfkd_lib.cli import main
+from dfkd_lib.cli import main, parser
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +117,7 @@ def test_a_run_from_start_to_results(capsys: pytest.CaptureFixture[str]) -> None
     assert (folder / "record.json").read_bytes() == record
 
     assert dfkd("results") == 0
-    assert "0.125" in capsys.readouterr().out
+    assert "Chapter tiny, toy: accuracy in percent (cpu, 1 seed)" in (out := capsys.readouterr().out) and "12.5" in out
     assert dfkd("results tiny --csv") == 0
     header, first, *_ = capsys.readouterr().out.splitlines()
     assert header == "chapter,run,profile,seed,metric,final,best"
@@ -200,3 +202,64 @@ def test_doctor_says_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
 def test_an_embedded_dataset_needs_no_fetching(capsys: pytest.CaptureFixture[str]) -> None:
     assert dfkd("data digits") == 0
     assert "embedded" in capsys.readouterr().out
+
+
+def test_every_command_explains_itself_with_examples(capsys: pytest.CaptureFixture[str]) -> None:
+    commands = list(parser()._subparsers._group_actions[0].choices)  # type: ignore[union-attr]
+    assert {"run", "batch", "results", "completion"} <= set(commands)
+    for command in commands:
+        with pytest.raises(SystemExit) as left:
+            main([command, "--help"])
+        assert left.value.code == 0
+        said = capsys.readouterr().out
+        assert f"examples:\n  dfkd {command}" in said and "--quiet" in said and "--verbose" in said
+
+
+def test_json_for_scripts(capsys: pytest.CaptureFixture[str]) -> None:
+    def read(command: str) -> Any:
+        assert dfkd(command) == 0
+        return json.loads(capsys.readouterr().out)
+
+    assert read("list --json") == {
+        "tiny": {"title": "A tiny chapter", "profiles": {"smoke": "a second", "cpu": "two seconds"}}
+    }
+    assert read("list tiny --json")["lr"] == {
+        "default": 0.5, "type": "float", "range": "(0..1]", "help": "learning rate"
+    }  # fmt: skip
+    assert read("doctor --json")["datasets"]["digits"] == "embedded"
+    assert read("data digits --json") == []
+    assert read("results --json") == []
+
+
+def test_quiet_and_verbose(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dfkd("run tiny --quiet --out a") == 0
+    assert capsys.readouterr().err == ""
+    assert dfkd("run tiny --out b -p mode fail -v") == 1
+    said = capsys.readouterr().err
+    assert "Traceback" in said and said.splitlines()[-1].startswith("dfkd: error: tiny failed")
+    assert "not allowed with" in refused(capsys, "list -q -v")
+
+
+def test_colours_on_terminals_only(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b" not in refused(capsys, "list tinny")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert dfkd("list tinny") == 2
+    assert capsys.readouterr().err.startswith("\x1b[31mdfkd: error:\x1b[0m unknown chapter")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in refused(capsys, "list tinny")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion_knows_commands_chapters_and_profiles(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dfkd(f"completion {shell}") == 0
+    script = capsys.readouterr().out
+    assert all(word in script for word in ("batch", "retry-failed", "tiny", "cpu"))
+    if program := shutil.which(shell):
+        subprocess.run([program, "-n"], input=script, text=True, check=True)
+
+
+def test_the_command_starts_without_torch_or_dask() -> None:
+    code = "import sys, dfkd_lib.cli as c; c.main(['list']); print({'torch', 'dask', 'pandas'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "set()"

@@ -30,7 +30,8 @@ def verdict(evidence: Evidence | list[Evidence], *records: dict[str, Any]) -> pa
 def test_every_card_is_valid_and_its_ids_are_unique(name: str) -> None:
     card = papers.paper(name)
     for ids in ([claim.id for claim in card.claims], [table.id for table in card.tables]):
-        assert ids and len(ids) == len(set(ids))
+        assert len(ids) == len(set(ids))
+    assert card.claims
     assert all(claim.evidence or claim.why for claim in card.claims)
     assert all(
         0 <= cell[0] <= 1 and (cell[1] is None or 0 <= cell[1] < 0.2)

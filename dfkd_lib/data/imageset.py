@@ -20,6 +20,7 @@ class ImageSet:
         name, split: where the images come from; any split but "test" and "synthetic" (images that a network
             made) is closed to data-free methods.
         void: mask value that belongs to no class, or None.
+        skipped: files of a folder that were no readable images.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class ImageSet:
         self.name = name
         self.split = split
         self.void = void
+        self.skipped = 0
 
     def __repr__(self) -> str:
         size = "x".join(map(str, (len(self), *self.image_shape)))
@@ -127,6 +129,24 @@ class ImageSet:
         labels = None if self._labels is None else self._labels.index_select(0, at)
         return self._like(self._images.index_select(0, at), labels)
 
+    def of_classes(self, chosen: Sequence[int]) -> ImageSet:
+        """The images of some classes, in their order here; the classes are numbered anew in the order chosen.
+
+        Raises:
+            InputError: no labels, masks for labels, or no such class.
+        """
+        labels = self.labels
+        if labels is None or labels.ndim != 1:
+            raise InputError(f"{self.name} has no class per image; classes cannot be chosen from it")
+        if not chosen or len(set(chosen)) < len(chosen) or not all(0 <= c < self.n_classes for c in chosen):
+            raise InputError(f"classes of {self.name} are numbers from 0 to {self.n_classes - 1}, not {list(chosen)}")
+        number = torch.full((self.n_classes,), -1, dtype=torch.int64, device=self.device)
+        number[torch.tensor(chosen, device=self.device)] = torch.arange(len(chosen), device=self.device)
+        at = (number[labels] >= 0).nonzero()[:, 0]
+        part = self._like(self._images[at], number[labels[at]])
+        part.classes = tuple(self.classes[c] for c in chosen)
+        return part
+
     def batch(self, indices: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """Images and labels at `indices` (int64 [B], on any device), on the device of the set.
 
@@ -152,9 +172,9 @@ class ImageSet:
         return images.float().div_(255), labels.long()
 
     def _like(self, images: Tensor, labels: Tensor | None) -> ImageSet:
-        return ImageSet(
-            images, labels, classes=self.classes, name=self.name, split=self.split, void=self.void
-        )
+        other = ImageSet(images, labels, classes=self.classes, name=self.name, split=self.split, void=self.void)
+        other.skipped = self.skipped
+        return other
 
 
 def _kind(x: Tensor) -> str:

@@ -63,6 +63,7 @@ def load(
         arrays = _split(name, split)
     images, labels = _converted(arrays, size, channels)
     loaded = ImageSet(images, labels, classes=arrays.classes, name=name, split=split, void=void)
+    loaded.skipped = arrays.skipped
     guard.note(name, split, loaded.fingerprint)
     return loaded.to(device)
 

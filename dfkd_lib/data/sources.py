@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shutil
 import socket
 import threading
@@ -35,14 +36,19 @@ CAMVID_CLASSES = (
     "sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist",
 )  # fmt: skip
 PROBE_SECONDS = 1.5
+_LARGE = 2**24  # pixels
 
 
 class Arrays(NamedTuple):
-    """Images uint8 [N, H, W, C] or [N, H, W]; labels int64 [N], or masks uint8 [N, H, W]; class names."""
+    """Images uint8 [N, H, W, C] or [N, H, W]; labels int64 [N], or masks uint8 [N, H, W]; class names.
+
+    `skipped` counts the files of a folder that are no readable images.
+    """
 
     images: np.ndarray
     labels: np.ndarray
     classes: tuple[str, ...]
+    skipped: int = 0
 
 
 def arrays(name: str, split: str) -> Arrays:
@@ -171,7 +177,7 @@ def _read(path: Path, facts: DatasetInfo) -> Arrays:
 
 def _wrong(read: Arrays, facts: DatasetInfo) -> str:
     """What does not fit, or an empty string."""
-    images, labels, classes = read
+    images, labels, classes = read[:3]
     channels = 1 if images.ndim == 3 else images.shape[-1]
     masks = facts.task == "segmentation"
     if images.dtype != np.uint8 or images.ndim not in (3, 4) or channels != facts.image_shape[0]:
@@ -299,15 +305,16 @@ def _camvid(folder: Path, split: str) -> Arrays:
 
 
 def folder(path: str, size: tuple[int, int], channels: int) -> Arrays:
-    """All readable images below `path`, cropped to the proportions of `size` and resized.
+    """All readable images below `path`, cropped to the proportions of `size` and resized, whatever their mode.
 
     Sub-folders become classes, in alphabetical order; files beside them are not read. The classes take
-    turns, so that the first images show all of them. Without sub-folders there are no classes.
+    turns, so that the first images show all of them. Without sub-folders there are no classes. Files that
+    are no readable images are skipped; `skipped` counts them, and a warning of one line says so.
 
     Raises:
         InputError: no such folder, or no readable image in it.
     """
-    root = Path(path).expanduser()
+    root = folder_path(path)
     if not root.is_dir():
         raise InputError(f"folder {root} does not exist; give the path of a folder with images")
     classes = tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
@@ -324,24 +331,53 @@ def folder(path: str, size: tuple[int, int], channels: int) -> Arrays:
                 images.append(image)
                 classes_of.append(label)
     if not images:
-        raise InputError(f"folder {root} holds no readable image; put images there, or sub-folders of images")
+        what = f"none of its {skipped} files is one" if skipped else "put images there, or sub-folders of images"
+        raise InputError(f"folder {root} holds no readable image; {what}")
     if skipped:
         total = skipped + len(images)
         warnings.warn(f"folder {root}: {skipped} of {total} files are not readable images", stacklevel=3)
     labels = np.array(classes_of, dtype=np.int64)
     order = np.lexsort((labels, rank_in_class(labels)))
-    return Arrays(np.stack(images)[order], labels[order], classes)
+    return Arrays(np.stack(images)[order], labels[order], classes, skipped)
+
+
+def folder_path(path: str) -> Path:
+    """Where a folder is that a user names, whether or not it exists."""
+    root = Path(path).expanduser()
+    if root.is_dir() or root.is_absolute():
+        return root
+    # A chapter runs in its own folder, while its reader names paths from where the command was given.
+    return Path(os.environ.get("PWD", ".")) / root
 
 
 def _image(file: Path, size: tuple[int, int], channels: int) -> np.ndarray | None:
     from PIL import Image, ImageOps
 
+    height, width = size
     try:
-        with Image.open(file) as opened:
-            image: Image.Image = ImageOps.exif_transpose(opened)
+        with _no_limit(), Image.open(file) as opened:
+            opened.draft(None, (2 * width, 2 * height))  # lets a JPEG be read at a fraction of its size
+            image: Image.Image = opened
             if image.mode.startswith("I"):  # 16 bits per pixel, which convert() would clip at 255
                 image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
-            image = image.convert("L" if channels == 1 else "RGB")
-            return np.asarray(ImageOps.fit(image, size[::-1], Image.Resampling.BILINEAR))
+            if image.width * image.height > _LARGE:
+                # Reduced first and converted then: a copy in colour of a huge image may not fit into memory.
+                image = image.convert({"1": "L"}.get(image.mode, "RGB")) if image.mode in ("1", "P") else image
+                while (factor := min(image.width // (2 * width), image.height // (2 * height))) > 1:
+                    image = image.reduce(min(factor, 8))  # Pillow's average over much larger squares is dark
+            image = ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+            return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR))
     except Exception:  # Pillow raises many kinds of errors for damaged files
         return None
+
+
+@contextlib.contextmanager
+def _no_limit() -> Iterator[None]:
+    """The images are the user's own: however large, they are not taken for an attack."""
+    from PIL import Image
+
+    before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before

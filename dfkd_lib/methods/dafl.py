@@ -51,10 +51,11 @@ class Settings(GenerativeSettings):
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {
         "batch_size": 64,
-        "kd_steps": 2,
-        "generator_steps": 3,
-        "latent_dim": 64,
+        "kd_steps": 1,
+        "generator": "generator_a",
+        "latent_dim": 128,
         "ngf": 16,
+        "oh": 0.3,
         "balance": 5.0,
         "lr_student": 0.2,
         "samples_in_eval": False,

@@ -58,6 +58,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "digits": {
         "batch_size": 64,
         "kd_steps": 2,
+        "generator": "generator_a",
         "generator_steps": 2,
         "latent_dim": 64,
         "ngf": 16,

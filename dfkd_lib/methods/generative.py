@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .. import models
 from ..errors import InputError
+from ..models.normalize import pixel_statistics
 from ..runtime import Runtime
 from .distiller import Distillation, Distiller
 from .players import adam, check_positive, update
@@ -22,6 +23,9 @@ class GenerativeSettings(Distillation):
     """The generator's share of the settings; defaults are those of the scripts of CMI's toolbox for CIFAR.
 
     Attributes:
+        generator: one of :func:`dfkd_lib.models.build_generator`. The toolbox gives all these methods its large one,
+            whose sigmoid ends it; the authors' own of DAFL and ZSKT end in a batch normalisation without weights, as
+            "generator_a" does (it is DAFL's, but for two constants).
         latent_dim, ngf: n_z and the unit of width of the generator.
         generator_steps: updates of the generator per outer iteration, each on `batch_size` images.
         lr_generator: Adam of the generator, betas 0.5 and 0.999.
@@ -29,6 +33,7 @@ class GenerativeSettings(Distillation):
             student, as in the toolbox; False takes those of the batch, as in training.
     """
 
+    generator: str = "toolbox_large"
     latent_dim: int = 256
     ngf: int = 64
     generator_steps: int = 1
@@ -46,7 +51,7 @@ class GeneratorDistiller(Distiller):
     A subclass implements :meth:`synthesize`.
 
     Attributes:
-        generator: noise [B, latent_dim] -> images in [0, 1].
+        generator: noise [B, latent_dim] -> images in [0, 1], those of generator_a in and about it.
     """
 
     PARTS: ClassVar[tuple[str, ...]] = (*Distiller.PARTS, "generator", "generator_optimizer", "generator_scaler")
@@ -62,12 +67,13 @@ class GeneratorDistiller(Distiller):
         super().__init__(teacher, student, image_shape, settings, runtime)
         self.generation = settings
         channels, height, width = self.image_shape
+        mean, std = pixel_statistics(teacher, channels)
         generator = models.build_generator(
-            "toolbox_large",
+            settings.generator,
             latent_dim=settings.latent_dim,
             image_shape=(channels, height, width),
-            mean=(0.5,) * channels,
-            std=(0.5,) * channels,
+            mean=mean,
+            std=std,
             ngf=settings.ngf,
         )
         self.generator = runtime.prepare(generator).train()

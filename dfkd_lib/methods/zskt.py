@@ -77,11 +77,12 @@ class Settings(GenerativeSettings):
 PRESETS: dict[str, dict[str, Any]] = {
     "digits": {
         "batch_size": 64,
-        "kd_steps": 5,
-        "generator_steps": 5,
+        "kd_steps": 2,
+        "generator": "generator_a",
         "latent_dim": 64,
         "ngf": 16,
-        "temperature": 4.0,
+        "lr_generator": 5e-4,
+        "same_z": False,
     },
     "mnist": {
         "batch_size": 128,

@@ -17,35 +17,42 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import InputError, unknown
-from .generators import draw_weights, generator_a, generator_b, toolbox
+from .discriminators import build_discriminator, discriminator_names, map_shape, receptive_field
+from .generators import deep, draw_weights, generator_a, generator_b, toolbox
 from .lenet import LeNet5
 from .normalize import Denormalize, Normalize
 from .quick import QuickNet, whiten
 from .resnet import ResNet
 from .segmentation import deeplabv3_mobilenetv2, deeplabv3_resnet50
 from .small import SceneNet, digits_cnn
-from .vgg import VGG
+from .vgg import VGG, staged_vgg
 from .wide_resnet import WideResNet
 
 __all__ = [
     "Denormalize",
     "Normalize",
     "build",
+    "build_discriminator",
     "build_generator",
     "count_macs",
     "count_parameters",
+    "discriminator_names",
     "draw_weights",
     "generator_names",
+    "map_shape",
     "names",
+    "receptive_field",
     "whiten",
 ]
 
+_VGG16 = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 _NETWORKS: dict[str, dict[str, Callable[..., nn.Module]]] = {
     "classification": {
         "lenet5": partial(LeNet5, (6, 16, 120, 84)),
         "lenet5_half": partial(LeNet5, (3, 8, 60, 42)),
         "resnet18": partial(ResNet, (2, 2, 2, 2)),
         "resnet34": partial(ResNet, (3, 4, 6, 3)),
+        "resnet18_half": partial(ResNet, (2, 2, 2, 2), widths=(64, 64, 128, 256)),
         "wrn16_1": partial(WideResNet, 16, 1),
         "wrn16_2": partial(WideResNet, 16, 2),
         "wrn40_1": partial(WideResNet, 40, 1),
@@ -53,6 +60,11 @@ _NETWORKS: dict[str, dict[str, Callable[..., nn.Module]]] = {
         "vgg11": partial(VGG, (1, 1, 2, 2, 2)),
         "vgg13": partial(VGG, (2, 2, 2, 2, 2)),
         "vgg16": partial(VGG, (2, 2, 3, 3, 3)),
+        "netgraft_vgg16": partial(staged_vgg, _VGG16, 512, hidden_norm=True),
+        "netgraft_vgg16_bn": partial(staged_vgg, _VGG16, 512, hidden_norm=True, batch_norm=True),
+        "netgraft_vgg16_half": partial(staged_vgg, (*_VGG16[:3], (256, 3), (256, 3)), 512),
+        "netgraft_digits": partial(staged_vgg, ((32, 2), (64, 2), (128, 2)), 64, hidden_norm=True),
+        "netgraft_digits_half": partial(staged_vgg, ((32, 2), (32, 2), (64, 2)), 64),
         "digits_cnn": partial(digits_cnn, (16, 32, 32)),
         "digits_cnn_half": partial(digits_cnn, (8, 16, 16)),
         "quick_net": partial(QuickNet, (48, 128, 256)),
@@ -71,6 +83,7 @@ _GENERATORS: dict[str, Callable[..., nn.Module]] = {
     "generator_b": generator_b,
     "toolbox_small": partial(toolbox, start=2),
     "toolbox_large": partial(toolbox, start=4),
+    "deep": deep,
 }
 
 

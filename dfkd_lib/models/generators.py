@@ -1,11 +1,13 @@
 """Generators: noise z [B, latent_dim] -> images [B, C, H, W] in image space.
 
 A and B are those of DFAD (arXiv 1912.11006), the toolbox pair those of CMI (arXiv 2105.08584) and its
-baselines. Upsampling is nearest-neighbour, LeakyReLU has slope 0.2.
+baselines, deep that of MosaicKD (arXiv 2110.15094) for large images; its generator for small ones is
+toolbox_large. Upsampling is nearest-neighbour, LeakyReLU has slope 0.2.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -63,6 +65,29 @@ def generator_b(latent_dim: int, image_shape: tuple[int, int, int], ngf: int) ->
     network = nn.Sequential(*layers, Denormalize([0.5] * channels, [0.5] * channels))
     draw_weights(network)
     return network
+
+
+def deep(latent_dim: int, image_shape: tuple[int, int, int], ngf: int) -> nn.Sequential:
+    """MosaicKD's generator for large images: H and W are multiples of 4, the sigmoid's images lie in [0, 1].
+
+    One width, ngf, and five doublings as in the paper, or as many as the sides can be halved.
+    """
+    channels, height, width = image_shape
+    _must_divide(4, height, width)
+    doublings = next(n for n in (5, 4, 3, 2) if not height % 2**n and not width % 2**n)
+    start = ngf, height >> doublings, width >> doublings
+    layers: list[nn.Module] = [
+        nn.Linear(latent_dim, math.prod(start)),
+        nn.Unflatten(1, start),
+        nn.BatchNorm2d(ngf),
+        nn.LeakyReLU(0.2),
+    ]
+    for _ in range(doublings):
+        layers.append(nn.Upsample(scale_factor=2))
+        layers.append(nn.Conv2d(ngf, ngf, 3, padding=1))
+        layers.append(nn.BatchNorm2d(ngf))
+        layers.append(nn.LeakyReLU(0.2))
+    return nn.Sequential(*layers, nn.Conv2d(ngf, channels, 3, padding=1), nn.Sigmoid())
 
 
 def draw_weights(generator: nn.Module, random: torch.Generator | None = None) -> None:

@@ -43,3 +43,11 @@ class Denormalize(_ChannelAffine):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.std + self.mean
+
+
+def pixel_statistics(teacher: nn.Module, channels: int) -> tuple[list[float], list[float]]:
+    """Mean and std per channel that the teacher's first `Normalize` takes images to have; without one, 0.5 and 0.25."""
+    known = next((layer for layer in teacher.modules() if isinstance(layer, Normalize)), None)
+    if known is None:
+        return [0.5] * channels, [0.25] * channels
+    return known.mean.flatten().tolist(), known.std.flatten().tolist()

@@ -31,17 +31,25 @@ class ResNet(nn.Module):
     """Normalised images [B, C, H, W] -> logits [B, n_classes]; any size from 8 px, 32 in the papers.
 
     Args:
-        depths: residual blocks per stage; the stages have 64, 128, 256, 512 channels and strides 1, 2, 2, 2.
+        depths: residual blocks per stage; the strides are 1, 2, 2, 2.
+        widths: channels of the stages; the stem has those of the first.
     """
 
-    def __init__(self, depths: Sequence[int], n_classes: int, in_channels: int) -> None:
+    def __init__(
+        self,
+        depths: Sequence[int],
+        n_classes: int,
+        in_channels: int,
+        *,
+        widths: Sequence[int] = (64, 128, 256, 512),
+    ) -> None:
         super().__init__()
+        width = widths[0]
         self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU()
+            nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
         )
         self.stages = nn.Sequential()
-        width = 64
-        for next_width, stride, depth in zip((64, 128, 256, 512), (1, 2, 2, 2), depths, strict=True):
+        for next_width, stride, depth in zip(widths, (1, 2, 2, 2), depths, strict=True):
             stage = nn.Sequential()
             for block in range(depth):
                 stage.append(ResidualBlock(width, next_width, stride if block == 0 else 1))

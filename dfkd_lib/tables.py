@@ -1,0 +1,316 @@
+"""The book's tables, aggregated from records: for the pages across papers, for `dfkd results`, as CSV and LaTeX."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import papers, records
+from .display import percent
+from .papers import Cell, Claim, Paper, Record, Verdict, judge, paper, paper_ids, seeds
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_APART = ("seed", "device", "threads", "out")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts, as it is shown.
+
+    Attributes:
+        kind: "results" or "claims".
+    """
+
+    kind: str
+    caption: str
+    frame: pd.DataFrame
+
+
+def latest(found: Iterable[Record]) -> list[Record]:
+    """The records without those that a later run of the same chapter and parameters replaces."""
+    kept: dict[str, Record] = {}
+    for record in sorted(found, key=lambda record: str(record["finished"])):
+        values = {k: v for k, v in record["parameters"].items() if k != "out"} | {"seed": record["seed"]}
+        kept[repr((record["chapter"], record["profile"], sorted(values.items())))] = record
+    return sorted(kept.values(), key=lambda record: (record["chapter"], str(record["folder"])))
+
+
+def under(folders: Iterable[Path]) -> list[Record]:
+    """The latest record of each run under some folders."""
+    return latest(records.read(path.parent) for folder in folders for path in sorted(folder.rglob("record.json")))
+
+
+def results(found: Sequence[Record]) -> list[Table]:
+    """Our figures beside the published ones, then the chapters that tell no paper of their own.
+
+    The first have one table for each paper, group of runs and experiment; the second one for each experiment and
+    dataset, the methods down and the pairs of teacher and student across. Cells are mean ± standard deviation over
+    the seeds; the caption has their number, or the cell where it differs.
+    """
+    tables = []
+    cards = [paper(id) for id in paper_ids()]
+    for card in cards:
+        for label, runs in records.group(_of(found, card.chapters)).items():
+            for experiment, measure in {table.experiment: table.measure for table in card.tables}.items():
+                frame = comparison(card.id, experiment, runs, measure)
+                caption = f"{card.title}, {experiment}: {measure} in percent ({label}, {seeds(len(runs))})"
+                if len(frame):
+                    tables.append(Table("results", caption, frame))
+    told = {card.chapters[0] for card in cards if card.chapters[0] == card.id}
+    for chapter in sorted({record["chapter"] for record in found} - told):
+        tables += _across_pairs(chapter, _of(found, [chapter]))
+    return tables
+
+
+def claims(found: Sequence[Record]) -> list[Table]:
+    """Each claim of each paper, with its verdict at the largest scale at which a run tested it."""
+    import pandas as pd
+
+    tables = []
+    for card in map(paper, paper_ids()):
+        groups = records.group(_of(found, card.chapters))
+        rows = []
+        for claim in card.claims:
+            run, verdict = at_largest_scale(claim, groups)
+            figures = f"{verdict.figures} ({run})" if run else verdict.figures
+            rows.append((claim.text, claim.where, verdict.verdict, figures))
+        frame = pd.DataFrame(rows, columns=["claim", "where", "verdict", "figures"])
+        tables.append(Table("claims", _citation(card), frame))
+    return tables
+
+
+def at_largest_scale(claim: Claim, groups: Mapping[str, Sequence[Record]]) -> tuple[str, Verdict]:
+    """The first of the groups, largest scale first, whose records test the claim, and what they say."""
+    for label, runs in groups.items():
+        verdict = judge(claim, runs)
+        if verdict.n:
+            return label, verdict
+    return "", judge(claim, [])
+
+
+def comparison(paper_id: str, experiment: str, runs: Sequence[Record], measure: str = "") -> pd.DataFrame:
+    """Figures of one experiment beside the published ones, in percent.
+
+    Args:
+        runs: records that differ by seed alone.
+        measure: which figure of each row; by default what the card's first table of the experiment shows.
+
+    Returns:
+        method, final, best, and one column for each published table that has the runs' dataset. Where the
+        paper names a method otherwise than our chapter does, its name follows in brackets. No rows if nothing
+        but the teacher was measured.
+    """
+    import pandas as pd
+
+    measure = measure or next(table.measure for table in paper(paper_id).tables if table.experiment == experiment)
+    keys = dict.fromkeys(key for run in runs for key in run["metrics"])
+    rows = [(key.split("/")[1], key) for key in keys if key.split("/")[::2] == [experiment, measure]]
+    if {row for row, _ in rows} == {"teacher"}:
+        rows = []
+    columns = {
+        heading: {row: papers.percent([run[part][key] for run in runs if key in run[part]]) for row, key in rows}
+        for heading, part in (("final", "metrics"), ("best", "best"))
+    }
+    names: dict[str, str] = {}
+    for table in paper(paper_id).tables if rows else ():
+        dataset = str(runs[0]["parameters"].get(table.parameter))
+        if (table.experiment, table.measure) != (experiment, measure) or dataset not in table.columns:
+            continue
+        column = columns.setdefault(f"{table.source}, {table.columns[dataset]}", {})
+        for label, cells in table.rows.items():
+            row = table.ours.get(label, label)
+            names.setdefault(row, row if row.lower() == label.lower() else f"{row} ({label})")
+            if dataset in cells:
+                column[row] = _theirs(cells[dataset])
+    names |= {row: names.get(row, row) for row, _ in rows}
+    return pd.DataFrame(
+        {"method": list(names.values())}
+        | {heading: [column.get(row, "") for row in names] for heading, column in columns.items()}
+    )
+
+
+def values(found: Sequence[Record]) -> pd.DataFrame:
+    """Every metric of every group of runs that differ by seed: mean, sd and n of final, mean of best.
+
+    `sd` is the sample standard deviation, missing for a single run; a run that diverged counts in `diverged` only.
+    """
+    import pandas as pd
+
+    rows = []
+    for chapter in sorted({record["chapter"] for record in found}):
+        for label, runs in records.group(_of(found, [chapter])).items():
+            for metric in dict.fromkeys(key for run in runs for key in run["metrics"]):
+                final = [run["metrics"][metric] for run in runs if metric in run["metrics"]]
+                finite = [value for value in final if value is not None]
+                best = [run["best"][metric] for run in runs if run["best"].get(metric) is not None]
+                mean, sd = papers.spread(finite) if finite else (None, None)
+                rows.append(
+                    {
+                        "chapter": chapter,
+                        "runs": label,
+                        "pair": _pair(runs[0]),
+                        "metric": metric,
+                        "mean": mean,
+                        "sd": sd if len(finite) > 1 else None,
+                        "n": len(finite),
+                        "diverged": len(final) - len(finite),
+                        "best": papers.spread(best)[0] if best else None,
+                    }
+                )
+    columns = ["chapter", "runs", "pair", "metric", "mean", "sd", "n", "diverged", "best"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def each_run(found: Sequence[Record]) -> pd.DataFrame:
+    """One row per run and metric."""
+    import pandas as pd
+
+    rows = [
+        {key: r[key] for key in ("chapter", "run", "profile", "seed")}
+        | {"metric": metric, "final": value, "best": r["best"].get(metric)}
+        for r in found
+        for metric, value in r["metrics"].items()
+    ]
+    return pd.DataFrame(rows, columns=["chapter", "run", "profile", "seed", "metric", "final", "best"])
+
+
+def latex(tables: Sequence[Table]) -> str:
+    """A LaTeX document of the tables; each stands between comments, ready to be taken into another document."""
+    head = [
+        r"\documentclass[10pt]{article}",
+        r"\usepackage[utf8]{inputenc}",
+        r"\usepackage[T1]{fontenc}",
+        r"\usepackage{graphicx}",
+        r"\usepackage[margin=2cm]{geometry}",
+        r"\begin{document}",
+    ]
+    body = [_latex_table(table) + ("\n" + r"\clearpage" if i % 3 == 2 else "") for i, table in enumerate(tables)]
+    return "\n".join([*head, *body, r"\end{document}"]) + "\n"
+
+
+def _latex_table(table: Table) -> str:
+    wide = table.kind == "claims"
+    columns = "p{5.7cm}p{2.5cm}p{2cm}p{5.5cm}" if wide else "l" * len(table.frame.columns)
+    lines = [" & ".join(map(_tex, row)) + r" \\" for row in table.frame.itertuples(index=False)]
+    parts = [lines] if not wide else [lines[i : i + 8] for i in range(0, len(lines), 8)]  # a table cannot break
+    heading = " & ".join(map(_tex, table.frame.columns)) + r" \\ \hline"
+    text = []
+    for part in parts:
+        body = [rf"\begin{{tabular}}{{{columns}}}", heading, *part, r"\end{tabular}"]
+        if not wide:
+            natural = [
+                r"\setbox0=\hbox{%",
+                *body,
+                r"}\ifdim\wd0>\linewidth\resizebox{\linewidth}{!}{\box0}\else\box0\fi",
+            ]
+            body = natural
+        caption = rf"\caption{{{_tex(table.caption)}}}"
+        text += [f"% {table.caption}", r"\begin{table}[!htbp]\centering\small", caption, *body, r"\end{table}"]
+    return "\n".join(text)
+
+
+_TEX = {
+    "\\": r"\textbackslash{}",
+    **{c: "\\" + c for c in "&%$#_{}"},
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "–": "--",
+    "—": "---",
+    "→": r"$\rightarrow$",
+    "−": "$-$",
+    "<": r"$<$",
+    ">": r"$>$",
+    "≥": r"$\geq$",
+    "≤": r"$\leq$",
+    "…": r"\dots{}",
+    "√": r"$\surd$",
+    **{letter: rf"$\{name}$" for letter, name in {
+        "α": "alpha", "β": "beta", "γ": "gamma", "λ": "lambda", "ρ": "rho", "σ": "sigma", "τ": "tau", "ε": "epsilon",
+    }.items()},
+    "“": "``",
+    "”": "''",
+    "‘": "`",
+    "’": "'",
+    "\N{NO-BREAK SPACE}": "~",
+}  # fmt: skip
+
+
+def _tex(text: Any) -> str:
+    return "".join(_TEX.get(c, c if ord(c) < 0x250 else "?") for c in str(text))
+
+
+def _across_pairs(chapter: str, found: list[Record]) -> list[Table]:
+    """A chapter's figures by method, one column for each pair of teacher and student."""
+    import pandas as pd
+
+    tables = []
+    by_label: dict[str, list[list[Record]]] = {}
+    for runs in records.group(found).values():
+        by_label.setdefault(records.label(runs[0]), []).append(runs)
+    for label, groups in by_label.items():
+        keys = dict.fromkeys(key for runs in groups for run in runs for key in run["metrics"])
+        counts = {len(runs) for runs in groups}
+        for experiment in dict.fromkeys(key.split("/")[0] for key in keys):
+            own = [key for key in keys if key.split("/")[0] == experiment]
+            measure = own[0].split("/")[2]
+            shown = [key for key in own if key.split("/")[2] == measure]
+            headings = _headings(groups)
+            columns: dict[str, list[str]] = {"method": [key.split("/")[1] for key in shown]}
+            for heading, runs in zip(headings, groups, strict=True):
+                columns[heading] = [_cell(runs, "metrics", key, len(counts) > 1) for key in shown]
+            if len(groups) == 1:
+                columns["best"] = [_cell(groups[0], "best", key, False) for key in shown]
+            n = f", {seeds(counts.pop())}" if len(counts) == 1 else ""
+            counts = {len(runs) for runs in groups}
+            unit = "" if measure == "value" or measure.endswith("seconds") else " in percent"
+            pair = f", {_pair(groups[0][0])}" if len(groups) == 1 and _pair(groups[0][0]) else ""
+            caption = f"Chapter {chapter}, {experiment}: {measure}{unit} ({label}{pair}{n})"
+            tables.append(Table("results", caption, pd.DataFrame(columns)))
+    return tables
+
+
+def _headings(groups: Sequence[Sequence[Record]]) -> list[str]:
+    """What tells the groups apart: the pair, or else the parameters that differ; "final" for a single group."""
+    if len(groups) == 1:
+        return ["final"]
+    pairs = [_pair(runs[0]) for runs in groups]
+    if len(set(pairs)) == len(pairs):
+        return pairs
+    settings = [{k: v for k, v in runs[0]["parameters"].items() if k not in _APART} for runs in groups]
+    differ = [name for name in settings[0] if len({repr(each.get(name)) for each in settings}) > 1]
+    return [", ".join(f"{name} {each.get(name)}" for name in differ) or str(i) for i, each in enumerate(settings)]
+
+
+def _cell(runs: Sequence[Record], part: str, key: str, count: bool) -> str:
+    found = [run[part][key] for run in runs if key in run[part]]
+    measure = key.split("/")[2]
+    if measure == "value" or measure.endswith("seconds"):
+        finite = [value for value in found if value is not None]
+        text = " ± ".join(f"{x:.3g}" for x in papers.spread(finite)[: 1 + (len(finite) > 1)]) if finite else ""
+    else:
+        text = papers.percent(found)
+    return f"{text} ({seeds(len(found))})" if count and found else text
+
+
+def _pair(record: Record) -> str:
+    both = [record["parameters"].get(player) for player in ("teacher", "student")]
+    return " to ".join(both) if all(isinstance(name, str) for name in both) else ""
+
+
+def _of(found: Iterable[Record], chapters: Sequence[str]) -> list[Record]:
+    """The records of some chapters, in the order of the chapters."""
+    return [record for chapter in chapters for record in found if record["chapter"] == chapter]
+
+
+def _citation(card: Paper) -> str:
+    return f"{card.title} ({card.authors[0]} et al., {card.year}, arXiv {card.arxiv})"
+
+
+def _theirs(cell: Cell) -> str:
+    return "failed" if cell is None else percent(*cell)

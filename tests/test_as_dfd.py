@@ -1,0 +1,298 @@
+"""The verifiable properties of AS-DFD."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("transformers")
+
+from dfkd_lib.data import no_training_data, text
+from dfkd_lib.errors import InputError
+from dfkd_lib.fit import fit
+from dfkd_lib.losses import kl
+from dfkd_lib.methods import as_dfd
+from dfkd_lib.methods.as_dfd import ASDFD, ModifiedZSKD, ModifiedZSKT, RandomText, RealText, Sentences, Settings, look
+from dfkd_lib.models import text as networks
+
+SMALL = Settings(length=12, min_length=5, batch_size=6, craft_steps=4, eta=0.5, lr=1e-3, n_updates=20)
+VOCABULARY = text.digit_vocabulary()
+
+
+def teacher(layers: int = 3, n_classes: int = 5, scale: float = 8.0):
+    """Random weights; a classifier scaled up, so that its classes can be told apart."""
+    torch.manual_seed(0)
+    made = networks.bert(VOCABULARY, n_classes, layers=layers, width=16, heads=2, positions=16)
+    made.classifier.weight.data.mul_(scale)
+    return made.eval()
+
+
+def method(runtime, settings=SMALL, kind=ASDFD, k=2):
+    source = teacher()
+    return kind(source, networks.cut(source, k), VOCABULARY, settings, runtime)
+
+
+def start_of(made):
+    start, targets = made.sample_start(), made.sample_targets()
+    at = torch.randint(len(made.norms), start.free.shape, generator=made.randomness)
+    return start, targets, made.norms[at]
+
+
+def snapshot(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_embeddings_of_tokens_give_the_logits_of_tokens(float32):
+    network = teacher()
+    ids = torch.randint(4, 68, (3, 10))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = 0
+    by_ids = network(input_ids=ids, attention_mask=mask).logits
+    by_rows, _ = look(network, Sentences(networks.word_table(network)[ids], mask, mask.bool()))
+    assert torch.allclose(by_ids, by_rows, atol=1e-6)
+
+
+def test_padding_changes_nothing_and_gets_no_gradient(float32):
+    made = method(float32)
+    start, targets, _ = start_of(made)
+    e = start.e.clone().requires_grad_()
+    logits, _ = look(made.teacher, Sentences(e, start.mask, start.free))
+    (gradient,) = torch.autograd.grad(as_dfd.guess_loss(logits, targets), e)
+    padded = start.mask == 0
+    assert padded.any() and torch.count_nonzero(gradient[padded]) == 0
+    changed = torch.where(padded[..., None], start.e + 5.0, start.e)
+    assert torch.equal(look(made.teacher, Sentences(changed, start.mask, start.free))[0], logits)
+    unmasked = Sentences(changed, torch.ones_like(start.mask), start.free)
+    assert not torch.allclose(look(made.teacher, unmasked)[0], logits)
+
+
+@pytest.mark.parametrize("step", as_dfd.STEPS)
+def test_constants_stay_bit_for_bit_and_rows_keep_their_norms(float32, step):
+    made = method(float32, replace(SMALL, step=step, noise=0.1))
+    start, targets, norms = start_of(made)
+    crafted, _ = made.craft(start, targets, norms)
+    table, length = made.table, start.mask.sum(1)
+    rows = torch.arange(6)
+    assert torch.equal(crafted.e[:, 0], table[VOCABULARY.cls].expand(6, -1))
+    assert torch.equal(crafted.e[rows, length - 1], table[VOCABULARY.sep].expand(6, -1))
+    padded = start.mask == 0
+    assert torch.equal(crafted.e[padded], table[VOCABULARY.pad].expand(int(padded.sum()), -1))
+    assert crafted.e.shape == (6, 12, 16) and torch.isfinite(crafted.e).all() and not crafted.e.requires_grad
+    assert torch.allclose(crafted.e[start.free].norm(dim=1), norms[start.free], atol=1e-5)
+    assert not torch.equal(crafted.e[start.free], start.e[start.free])
+
+
+def test_gradients_reach_the_embeddings_only(float32):
+    made = method(float32, replace(SMALL, disagreement=1.0, lambda_ln=1.0))
+    players = (made.teacher, made.student, made.head)
+    before = [snapshot(player) for player in players]
+    with no_training_data("AS-DFD"):
+        made.construct()
+    assert all(same(state, snapshot(player)) for state, player in zip(before, players, strict=True))
+    assert all(p.grad is None for player in players for p in player.parameters())
+    assert all(p.requires_grad for p in made.head.parameters())
+    assert made.student.classifier.weight.requires_grad and made.student.training and not made.teacher.training
+
+
+def test_what_the_encoder_sees_has_the_statistics_of_layer_norm(float64):
+    made = method(float64)
+    norm = made.teacher.base_model.embeddings.LayerNorm
+    norm.weight.data.uniform_(0.5, 1.5)
+    norm.bias.data.normal_()
+    e = 3 * start_of(made)[0].e
+    embeddings = made.teacher.base_model.embeddings
+    u = (embeddings(inputs_embeds=e) - norm.bias) / norm.weight
+    assert u.mean(-1).abs().max() < 1e-6
+    inner = u.var(-1, unbiased=False)
+    assert (inner - 1).abs().max() < 1e-2  # the norm's epsilon, as rows are short here
+    assert not torch.allclose(embeddings(inputs_embeds=e), embeddings(inputs_embeds=2 * e))
+    places = embeddings.position_embeddings.weight[: e.shape[1]] + embeddings.token_type_embeddings.weight[0]
+    assert torch.allclose(norm(e + places), embeddings(inputs_embeds=e))
+    assert torch.allclose(norm(e + places), norm(7 * (e + places)), atol=1e-3)
+
+
+def test_the_plain_run_is_the_method_without_its_weights(float32):
+    off = replace(SMALL, beta=0.0, lambda_ss=0.0)
+    one, other = method(float32, off), method(float32, off)
+    other.masks.manual_seed(99)  # masks are drawn from a stream of their own, which a plain run never touches
+    for _ in range(3):
+        one.step(), other.step()
+    assert same(snapshot(one.student), snapshot(other.student))
+    adversarial = method(float32)
+    assert torch.equal(one.__class__.sample_start(method(float32, off)).e, adversarial.sample_start().e)
+
+
+def test_sentences_do_not_see_each_other(float64):
+    made = method(float64, replace(SMALL, beta=0.0))
+    start, targets, norms = start_of(made)
+    together, _ = made.craft(start, targets, norms)
+    for b in range(len(targets)):
+        part = slice(b, b + 1)
+        alone, _ = made.craft(Sentences(start.e[part], start.mask[part], start.free[part]), targets[part], norms[part])
+        assert torch.allclose(alone.e[0], together.e[b], atol=1e-5)
+
+
+def test_the_adversary_raises_the_self_supervised_loss(float64):
+    made = method(float64)
+    start, _, _ = start_of(made)
+    made.student.eval()
+
+    def loss(e, state):
+        made.masks.set_state(state)
+        return made.understanding(Sentences(e, start.mask, start.free), moving_target=True)
+
+    state = made.masks.get_state()
+    e = start.e.clone().requires_grad_()
+    before = loss(e, state)
+    (gradient,) = torch.autograd.grad(before, e)
+    assert loss(e.detach() + 0.05 * gradient / gradient.norm(), state) > before.detach()
+    assert 0 <= float(before.detach()) <= 2
+
+
+def test_the_mask_set_is_inside_the_free_positions(float32):
+    free = method(float32).sample_frame().free
+    hidden = as_dfd.hidden_positions(free, 0.05, torch.Generator().manual_seed(0))
+    assert (hidden <= free).all() and hidden.any(1).all()
+
+
+def test_a_perfect_prediction_costs_nothing():
+    e = torch.randn(2, 4, 8)
+    hidden = torch.ones(2, 4, dtype=torch.bool)
+    assert as_dfd.self_supervised_loss(3 * e, e, hidden).abs() < 1e-6
+    assert as_dfd.self_supervised_loss(-e, e, hidden) == pytest.approx(2.0, abs=1e-5)
+
+
+def test_a_student_of_all_layers_has_nothing_to_learn(float64):
+    made = method(float64, k=3)
+    made.student.eval()
+    start, _, _ = start_of(made)
+    ours, theirs = look(made.student, start)[0], look(made.teacher, start)[0]
+    assert torch.equal(ours, theirs)
+    loss = kl(ours, theirs)
+    loss.backward()
+    assert loss.abs() < 1e-6
+    assert all(p.grad is None or p.grad.abs().max() < 1e-9 for p in made.student.parameters())
+
+
+def test_at_a_high_temperature_kl_is_the_distance_of_centred_logits():
+    s, t = torch.randn(8, 5, dtype=torch.float64), torch.randn(8, 5, dtype=torch.float64)
+    apart = (t - t.mean(1, keepdim=True)) - (s - s.mean(1, keepdim=True))
+    assert float(kl(s, t, 1000.0)) == pytest.approx(float(apart.square().sum(1).mean() / 10), rel=5e-3)
+
+
+def test_the_embedding_module_stays_equal_and_the_teacher_bitwise_unchanged(float32):
+    made = method(float32, replace(SMALL, replay=1, lambda_pt=1.0))
+    before = snapshot(made.teacher)
+    student_before = snapshot(made.student)
+    for _ in range(3):
+        made.step()
+    assert same(before, snapshot(made.teacher))
+    assert same(snapshot(made.student.base_model.embeddings), snapshot(made.teacher.base_model.embeddings))
+    assert not same(student_before, snapshot(made.student))
+    assert made.budget.student_updates == 6 and made.budget.images == 18
+
+
+def test_true_rows_decode_to_their_tokens(float32):
+    table = networks.word_table(teacher())
+    ids = torch.randint(4, 68, (2, 7))
+    found, cosines = as_dfd.nearest_tokens(table[ids], table, VOCABULARY.ordinary)
+    assert torch.equal(found, ids) and torch.allclose(cosines, torch.ones(2, 7), atol=1e-5)
+
+
+def test_zskd_concentrations_and_targets():
+    similar = as_dfd.class_similarities(torch.randn(5, 16))
+    assert (similar >= 1e-3).all() and (similar <= 1).all()
+    assert torch.allclose(similar.diagonal(), torch.ones(5, dtype=torch.float64))
+    generator = torch.Generator().manual_seed(0)
+    beliefs = as_dfd.dirichlet(torch.tensor([2.0, 1.0, 1e-4]).expand(4000, 3), generator)
+    assert torch.allclose(beliefs.sum(1), torch.ones(4000, dtype=torch.float64)) and torch.isfinite(beliefs).all()
+    assert torch.allclose(beliefs.mean(0)[:2], torch.tensor([2 / 3, 1 / 3], dtype=torch.float64), atol=0.02)
+    assert float(beliefs[:, 0].var()) == pytest.approx(2 / 36, rel=0.1)
+
+
+def test_random_text_is_framed_ordinary_words(float32):
+    sentences, _ = method(float32, kind=RandomText).construct()
+    ids, cosines = as_dfd.nearest_tokens(sentences.e, method(float32).table, VOCABULARY.ordinary)
+    assert (ids[sentences.free] >= 4).all() and cosines[sentences.free].min() > 0.999
+
+
+def test_the_same_seed_gives_the_same_embeddings(float32):
+    first, again = method(float32).construct()[0].e, method(float32).construct()[0].e
+    other = method(replace(float32, seed=1)).construct()[0].e
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("kind", [ASDFD, ModifiedZSKT, ModifiedZSKD, RandomText])
+def test_a_resumed_run_equals_an_uninterrupted_one(float32, kind):
+    settings = replace(SMALL, replay=1, memory=2)
+    whole = method(float32, settings, kind)
+    for _ in range(4):
+        whole.step()
+    begun = method(float32, settings, kind)
+    for _ in range(2):
+        begun.step()
+    state = copy.deepcopy(begun.state_dict())
+    resumed = method(float32, settings, kind)
+    resumed.load_state_dict(state)
+    torch.rand(7)  # torch's own stream must not matter
+    for _ in range(2):
+        resumed.step()
+    assert same(snapshot(whole.student), snapshot(resumed.student))
+
+
+def test_a_checkpoint_on_disk_holds_everything(float32, tmp_path):
+    path = tmp_path / "c.safetensors"
+    whole = method(float32, replace(SMALL, replay=1))
+    fit(whole, 3, name="whole", checkpoint=path, progress=False)
+    again = method(float32, replace(SMALL, replay=1))
+    assert fit(again, 3, name="whole", checkpoint=path, progress=False).resumed_at == 3
+    assert same(snapshot(whole.student), snapshot(again.student))
+
+
+def test_real_text_is_not_data_free(float32):
+    sentences = text.load("digit_sentences", "fit", length=10, limit=32)
+    source = teacher(n_classes=10)
+    made = RealText(source, networks.cut(source, 1), sentences, replace(SMALL, lambda_ss=0.0), float32)
+    assert not made.data_free and ASDFD.data_free
+    made.step()
+    assert made.budget.student_updates == 1
+
+
+def test_bad_settings_are_refused(float32):
+    for wrong in ({"start": "noise"}, {"min_length": 2}, {"mask_rate": 1.0}, {"eta": 0.0}, {"targets": "hard"}):
+        with pytest.raises(InputError):
+            replace(SMALL, **wrong)
+    with pytest.raises(InputError, match="positions"):
+        method(float32, replace(SMALL, length=40))
+    other = networks.bert(VOCABULARY, 5, layers=1, width=8, heads=2, positions=16)
+    with pytest.raises(InputError, match="word table"):
+        ASDFD(teacher(), other, VOCABULARY, SMALL, float32)
+
+
+def test_a_few_steps_make_the_teacher_sure_and_the_student_learn(float32):
+    torch.manual_seed(0)
+    train, test = (text.load("digit_sentences", split, length=10) for split in ("fit", "test"))
+    recipe = networks.Recipe(layers=2, width=32, heads=2, epochs=6, batch_size=32, lr=3e-3, hidden=0.0, dropout=0.0)
+    source = networks.train_or_load(train, test, recipe, float32).module
+    settings = replace(SMALL, length=10, min_length=10, batch_size=32, craft_steps=5, eta=1.0, n_updates=40)
+    student = networks.cut(source, 1)
+    made = ASDFD(source, student, VOCABULARY, settings, float32)
+    _, trace = made.craft(*start_of(made))
+    guesses = [float(value) for value in trace["guess"]]
+    assert all(later < earlier for earlier, later in pairwise(guesses)) and float(trace["hit"][-1]) > 0.8
+    truth = networks.predictions(source, test, float32)
+    before = as_dfd.agreement(networks.predictions(student, test, float32), truth)
+    for _ in range(40):
+        made.step()
+    after = as_dfd.agreement(networks.predictions(student, test, float32), truth)
+    assert after > before + 0.1
+    assert F.one_hot(truth).shape[1] == 10

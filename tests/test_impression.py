@@ -1,0 +1,384 @@
+"""The verifiable properties of the reconstructed impression space."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import classifier
+from torch import Tensor, nn
+
+from dfkd_lib import data, models
+from dfkd_lib.errors import InputError
+from dfkd_lib.fit import fit
+from dfkd_lib.image_quality import psnr, ssim
+from dfkd_lib.methods import impression
+from dfkd_lib.methods.impression import Decoding, Settings, Template, decode
+from dfkd_lib.methods.inversion import batch_norm_loss
+from dfkd_lib.runtime import Runtime
+from dfkd_lib.taps import batch_norm_layers, tapped
+from dfkd_lib.teachers import RECIPES, train_or_load
+
+ALL_KINDS = ("full", "grid-2", "stat", "gram")
+
+
+def template(runtime: Runtime, seed: int = 0) -> Template:
+    torch.manual_seed(seed)
+    network = nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(),
+        nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5),
+    )  # fmt: skip
+    network(torch.rand(64, 1, 8, 8))  # running statistics that are not the initial ones
+    return Template(network, ("2", "5", impression.EMBEDDING), runtime)
+
+
+def images(n: int = 4, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize("kind", ALL_KINDS)
+def test_an_images_own_impression_has_no_loss_and_no_gradient(float64, kind):
+    t, x = template(float64), images(dtype=torch.float64)
+    own = {name: i.detach() for name, i in t.encode(x, kind).items()}
+    pixels = x.clone().requires_grad_()
+    errors = impression.relative_errors(t.encode(pixels, kind), own)
+    (gradient,) = torch.autograd.grad(errors.sum(), pixels)
+    assert torch.count_nonzero(errors) == 0 and torch.count_nonzero(gradient) == 0
+    stayed = decode(t, own, x, Settings(kind=kind, steps=3, tv=0), float64)
+    assert torch.equal(stayed.images, x) and torch.equal(stayed.pixels[0], x)
+
+
+def test_only_the_pixels_change(float32):
+    t = template(float32)
+    before = copy.deepcopy(t.network.state_dict())
+    decoding = decode(t, t.encode(images()), images(seed=1), Settings(steps=5), float32)
+    assert all(torch.equal(value, before[name]) for name, value in t.network.state_dict().items())
+    assert all(p.grad is None and not p.requires_grad for p in t.network.parameters())
+    assert not any(module.training for module in t.network.modules())
+    assert decoding.pixels[0].grad is not None
+    assert not torch.equal(decoding.images, images(seed=1))
+
+
+def test_a_template_in_train_mode_is_refused(float32):
+    t = template(float32)
+    t.network.train()
+    with pytest.raises(InputError, match="eval"):
+        t.encode(images())
+
+
+def test_grids_lie_between_the_channel_mean_and_everything():
+    z = torch.rand(3, 5, 4, 4, dtype=torch.float64)
+    assert torch.equal(impression.summarise(z, "grid-4"), impression.summarise(z, "full"))
+    assert torch.equal(impression.summarise(z, "grid-9"), impression.summarise(z, "full"))
+    assert torch.allclose(impression.summarise(z, "grid-1"), impression.summarise(z, "stat")[:, :5])
+    one = torch.rand(3, 5, 1, 1)
+    assert torch.equal(impression.summarise(one, "stat"), impression.summarise(one, "full"))
+
+
+def test_stat_and_gram_forget_where_things_are():
+    z = torch.rand(2, 5, 3, 3, dtype=torch.float64)
+    shuffled = z.flatten(2)[..., torch.randperm(9)].view_as(z)
+    for kind in ("stat", "gram"):
+        assert torch.allclose(impression.summarise(z, kind), impression.summarise(shuffled, kind))
+    assert not torch.allclose(impression.summarise(z, "full"), impression.summarise(shuffled, "full"))
+    diagonal = impression.summarise(z, "gram").view(2, 5, 5).diagonal(dim1=1, dim2=2)
+    flat = z.flatten(2)
+    assert torch.allclose(diagonal, flat.mean(2) ** 2 + flat.var(2, correction=0))
+
+
+def test_a_constant_channel_has_a_finite_gradient():
+    z = torch.ones(1, 2, 3, 3, requires_grad=True)
+    (gradient,) = torch.autograd.grad(impression.summarise(z, "stat").sum(), z)
+    assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 1), (1, 0)])
+def test_the_gradient_of_a_linear_stage_paints_its_filters(stride, padding):
+    filters, x = torch.randn(2, 1, 3, 3, dtype=torch.float64), images(2, dtype=torch.float64)
+    t = F.conv2d(x, filters, stride=stride, padding=padding)
+    pixels = torch.zeros_like(x, requires_grad=True)
+    loss = 0.5 * (F.conv2d(pixels, filters, stride=stride, padding=padding) - t).square().sum()
+    (gradient,) = torch.autograd.grad(loss, pixels)
+    assert torch.allclose(gradient, -impression.paint(t, filters, 8, stride=stride, padding=padding), atol=1e-12)
+
+
+def test_landweber_ends_at_the_pseudo_inverse():
+    torch.manual_seed(0)
+    filters, x = torch.randn(1, 1, 3, 3, dtype=torch.float64), torch.rand(1, 1, 6, 6, dtype=torch.float64)
+    t = F.conv2d(x, filters, stride=2, padding=1)
+    iterates = impression.landweber(t, filters, 6, 4000, stride=2)
+    units = torch.eye(36, dtype=torch.float64).view(-1, 1, 6, 6)
+    matrix = F.conv2d(units, filters, stride=2, padding=1).flatten(1).T
+    exact = (torch.linalg.pinv(matrix) @ t.flatten()).view_as(x)
+    assert torch.allclose(iterates[-1], exact, atol=1e-10)
+    errors = [float((F.conv2d(i, filters, stride=2, padding=1) - t).norm()) for i in iterates]
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(errors))
+
+
+def test_images_of_a_batch_are_decoded_as_if_alone(float64):
+    t, x, start = template(float64), images(3, dtype=torch.float64), images(3, seed=1, dtype=torch.float64)
+    settings = Settings(steps=8)
+    together = decode(t, t.encode(x), start, settings, float64).images
+    for i in range(3):
+        alone = decode(t, t.encode(x[i : i + 1]), start[i : i + 1], settings, float64).images
+        assert torch.allclose(alone[0], together[i], atol=1e-9)
+
+
+def test_decoded_images_are_the_best_iterates_within_range(float32):
+    t, start = template(float32), images(seed=1)
+    settings = Settings(steps=12, lr=0.3)
+    decoding = Decoding(t, t.encode(images()), start, settings, float32)
+    losses = [float(decoding.step()["loss"]) for _ in range(settings.steps)]
+    assert float(decoding.loss.mean()) <= min(losses) + 1e-6
+    assert decoding.images.shape == start.shape and decoding.images.dtype == start.dtype
+    assert float(decoding.images.min()) >= 0 and float(decoding.images.max()) <= 1
+    errors = impression.relative_errors(t.encode(decoding.images), decoding.target).sum(1)
+    expected = errors + settings.tv * impression.roughness(decoding.images)
+    assert torch.allclose(decoding.loss, expected, atol=1e-5)
+
+
+def test_translation_by_nothing_returns_the_source(float64):
+    t, x = template(float64), images(dtype=torch.float64)
+    own = {name: i.detach() for name, i in t.encode(x).items()}
+    a = impression.mean_impression(t.encode(images(seed=3, dtype=torch.float64)))
+    b = impression.mean_impression(t.encode(images(seed=4, dtype=torch.float64)))
+    for target in (impression.translated(own, a, a), impression.translated(own, a, b, alpha=0)):
+        assert torch.equal(decode(t, target, x, Settings(steps=3, tv=0), float64).images, x)
+
+
+def test_translated_targets_stay_where_images_can_be():
+    behind_relu, signed = {"": torch.tensor([[0.1, 2.0]])}, {"": torch.tensor([[-0.1, 2.0]])}
+    a, b = {"": torch.tensor([[1.0, 0.0]])}, {"": torch.tensor([[0.0, 1.0]])}
+    assert torch.equal(impression.translated(behind_relu, a, b)[""], torch.tensor([[0.0, 3.0]]))
+    assert torch.equal(impression.translated(signed, a, b)[""], torch.tensor([[-1.1, 3.0]]))
+
+
+def test_interpolation_and_replacement_take_from_both(float32):
+    t = template(float32)
+    one, other = t.encode(images()), t.encode(images(seed=1))
+    for name in t.stages:
+        assert torch.equal(impression.interpolated(one, other, 0.0)[name], one[name])
+        assert torch.allclose(impression.interpolated(one, other, 1.0)[name], other[name])
+    mixed = impression.replaced(one, other, n_shallow=2)
+    assert mixed["2"] is other["2"] and mixed["5"] is other["5"] and mixed[impression.EMBEDDING] is one["embedding"]
+
+
+def test_relations_are_cosines(float64):
+    t, x = template(float64), images(6, dtype=torch.float64)
+    found = {name: i.detach() for name, i in t.encode(x).items()}
+    centre = impression.mean_impression(found)
+    v = impression.relation_vectors(found, centre)
+    relations = v @ v.T
+    assert torch.allclose(relations, relations.T) and torch.allclose(relations.diagonal(), torch.ones(6).double())
+    assert float(relations.abs().max()) <= 1 + 1e-6
+    scaled = {**found, "2": centre["2"] + 3 * (found["2"] - centre["2"])}
+    assert torch.allclose(impression.relation_vectors(scaled, centre), v)
+    order = torch.randperm(6)
+    w = impression.relation_vectors({name: i[order] for name, i in found.items()}, centre)
+    assert torch.allclose(w @ w.T, relations[order][:, order])
+
+
+def test_a_relation_to_oneself_has_no_gradient_and_to_others_has(float64):
+    t, x = template(float64), images(2, dtype=torch.float64)
+    centre = impression.mean_impression(t.encode(images(9, seed=2, dtype=torch.float64)))
+    pixels = x.clone().requires_grad_()
+    v = impression.relation_vectors(t.encode(pixels), centre)
+    (gradient,) = torch.autograd.grad((v * v).sum(), pixels)
+    assert float(gradient.abs().max()) < 1e-10
+    seen = impression.similarity_map(t, x, x.flip(0), centre, "stat")
+    assert seen.shape == (2, 8, 8) and float(seen.min()) >= 0 and float(seen.max()) > 1e-6
+
+
+def test_retrieval_counts_neighbours_of_the_same_class():
+    labels = torch.tensor([0, 0, 1, 1])
+    apart = torch.tensor([[1.0, 0.9, 0, 0], [0.9, 1, 0, 0], [0, 0, 1, 0.9], [0, 0, 0.9, 1]])
+    assert impression.retrieval_precision(apart, labels, 1) == 1
+    assert impression.retrieval_precision(apart, labels, 3) == pytest.approx(1 / 3)
+    assert impression.retrieval_chance(labels) == pytest.approx(1 / 3)
+    assert torch.allclose(impression.class_relations(apart, labels, 2), torch.tensor([[0.9, 0.0], [0.0, 0.9]]))
+
+
+def test_batch_norm_statistics_are_the_impression_of_the_data_set(float64):
+    t, x = template(float64), images(16, dtype=torch.float64)
+    with tapped(batch_norm_layers(t.network)) as seen:
+        t.network(x)
+    by_hand = sum(
+        (mean - visit.layer.running_mean).norm() + (variance - visit.layer.running_var).norm()
+        for visit in seen
+        for mean, variance in [visit.statistics()]
+    )
+    assert torch.allclose(batch_norm_loss(seen), by_hand)
+    rows = impression.remembered(t.network, x)
+    assert len(rows) == 2 and all(distance > 0 and size > 0 for distance, size in rows)
+    squares = [
+        float((mean - v.layer.running_mean).square().sum() + (var - v.layer.running_var).square().sum())
+        for v in seen
+        for mean, var in [v.statistics()]
+    ]
+    assert [distance**2 for distance, _ in rows] == pytest.approx(squares)
+
+
+def test_roughness_of_images():
+    x = images(3)
+    assert torch.count_nonzero(impression.roughness(torch.full_like(x, 0.3))) == 0
+    assert torch.allclose(impression.roughness(x * 0.5), 0.5 * impression.roughness(x))
+    for axis in (2, 3):
+        assert torch.allclose(impression.roughness(x.flip(axis)), impression.roughness(x))
+
+
+@pytest.mark.parametrize("schedule", impression.SCHEDULES)
+def test_a_resumed_decoding_equals_an_uninterrupted_one(float32, schedule, tmp_path):
+    def new() -> Decoding:
+        t = template(float32)
+        return Decoding(t, t.encode(images()), images(seed=1), Settings(steps=10, schedule=schedule), float32)
+
+    whole, first, second = new(), new(), new()
+    fit(whole, 10, name="decoding", progress=False)
+    for _ in range(4):
+        first.step()
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for _ in range(6):
+        second.step()
+    assert torch.equal(whole.images, second.images) and torch.equal(whole.pixels[0], second.pixels[0])
+    saved = new()
+    fit(saved, 10, name="decoding", progress=False, checkpoint=tmp_path / "c.safetensors")
+    again = new()
+    assert fit(again, 10, name="decoding", progress=False, checkpoint=tmp_path / "c.safetensors").resumed_at == 10
+    assert torch.equal(again.images, saved.images)
+
+
+def test_the_progressive_schedule_starts_at_the_deepest_stage():
+    settings = Settings(steps=9, schedule="progressive")
+    assert impression.active_stages(0, settings, 3) == [0, 0, 1]
+    assert impression.active_stages(3, settings, 3) == [0, 1, 1]
+    assert impression.active_stages(8, settings, 3) == [1, 1, 1]
+    assert impression.active_stages(0, replace(settings, schedule="joint"), 3) == [1, 1, 1]
+
+
+def test_stages_of_vgg_are_the_ends_of_its_blocks():
+    torchvision = pytest.importorskip("torchvision")
+    published = {
+        "vgg16": (3, 8, 15, 22, 29),
+        "vgg19": (3, 8, 17, 26, 35),
+        "vgg16_bn": (5, 12, 22, 32, 42),
+        "vgg19_bn": (5, 12, 25, 38, 51),
+    }
+    for name, relus in published.items():
+        with torch.device("meta"):
+            network = torchvision.models.get_model(name, weights=None)
+        found = impression.find_stages(network, (3, 224, 224))
+        assert found == (*(f"features.{i}" for i in relus), impression.EMBEDDING)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("digits_cnn", (1, 8, 8)), ("quick_net", (3, 16, 16))])
+def test_networks_of_the_book_can_be_cut_into_their_stages(float32, name, shape):
+    torch.manual_seed(0)
+    channels = shape[0]
+    network = models.build(name, n_classes=10, in_channels=channels, mean=[0.5] * channels, std=[0.25] * channels)
+    t = Template(network, impression.find_stages(network, shape), float32)
+    x = torch.rand(2, *shape)
+    pieces = impression.cut(t, x)
+    assert len(pieces) == len(t.stages) - 1
+    first = t.feature_maps(x, t.stages[:1])[t.stages[0]]
+    settings = Settings(kind="full", steps=150, lr=0.05)
+    found = impression.invert_locally(pieces[:1], first, shape, settings)
+    assert float(psnr(found, x).mean()) > float(psnr(torch.full_like(x, 0.5), x).mean()) + 3
+
+
+def test_a_network_that_is_no_chain_cannot_be_cut(float32):
+    class Skipping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.relu = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.a(x)
+            return self.relu(z + self.b(z))
+
+    with pytest.raises(InputError, match="chain"):
+        impression.cut(Template(Skipping(), ("relu",), float32), images())
+
+
+def test_measures_of_image_quality():
+    x = images(3)
+    assert torch.isinf(psnr(x, x)).all() and torch.allclose(ssim(x, x), torch.ones(3))
+    assert torch.allclose(psnr(torch.zeros(2, 1, 4, 4), torch.full((2, 1, 4, 4), 0.1)), torch.full((2,), 20.0))
+    near, far = (x + 0.05 * torch.randn_like(x)).clamp(0, 1), images(3, seed=8)
+    assert (ssim(near, x) > ssim(far, x)).all() and (psnr(near, x) > psnr(far, x)).all()
+    big = torch.rand(2, 3, 24, 30)
+    assert torch.allclose(ssim(big, big.flip(3).flip(3)), torch.ones(2))
+    with pytest.raises(InputError, match="one shape"):
+        psnr(x, x[:1])
+
+
+@pytest.mark.parametrize(
+    ("bad", "named"),
+    [({"kind": "stats"}, "stat"), ({"kind": "grid-0"}, "grid"), ({"schedule": "local"}, "joint"), ({"tv": -1}, "tv")],
+)
+def test_bad_settings_are_named(bad, named):
+    with pytest.raises(InputError, match=named):
+        Settings(**bad)
+
+
+def test_bad_requests_are_named(float32, tmp_path):
+    t = template(float32)
+    with pytest.raises(InputError, match="at least one stage"):
+        Template(classifier(), (), float32)
+    with pytest.raises(InputError, match="unknown stage 'relu9'"):
+        Template(classifier(), ("relu9",), float32)
+    with pytest.raises(InputError, match="encode the target with kind"):
+        Decoding(t, t.encode(images(), "full"), images(), Settings(kind="stat"), float32)
+    with pytest.raises(InputError, match="no ReLU"):
+        impression.find_stages(nn.Sequential(nn.Conv2d(1, 2, 3)), (1, 8, 8))
+    with pytest.raises(InputError, match="cannot read image"):
+        impression.read_image(str(tmp_path / "none.png"), 8, 3)
+    with pytest.raises(InputError, match="class 1 has 1"):
+        impression.pick(torch.tensor([0, 0, 1]), 2)
+    with pytest.raises(InputError, match="unknown ImageNet template"):
+        impression.imagenet_template("alexnet")
+
+
+def test_pictures_of_ones_own(tmp_path):
+    from PIL import Image
+
+    Image.new("RGB", (20, 10), (255, 0, 0)).save(tmp_path / "red.png")
+    red = impression.read_image(str(tmp_path / "red.png"), 6, 3)
+    assert red.shape == (1, 3, 6, 6) and torch.equal(red[0, :, 0, 0], torch.tensor([1.0, 0.0, 0.0]))
+    assert impression.read_image(str(tmp_path / "red.png"), 6, 1).shape == (1, 1, 6, 6)
+
+
+def test_the_digits_template_remembers_more_than_a_random_one(float32):
+    """Depth costs pixels, training keeps classes: margins far below what was seen."""
+    train, test = data.load("digits", "train"), data.load("digits", "test")
+    recipe = replace(RECIPES["digits"], epochs=4)
+    trained, verifier = (
+        train_or_load("digits_cnn", train, test, recipe, Runtime.choose("cpu", "float32", seed=s)).module
+        for s in (0, 1)
+    )
+    about = data.info("digits")
+    torch.manual_seed(0)
+    untrained = models.build("digits_cnn", n_classes=10, in_channels=1, mean=about.mean, std=about.std)
+    stages = impression.find_stages(trained, (1, 8, 8))
+    x, y = test.batch(impression.pick(test.labels, 2, torch.Generator().manual_seed(0)))
+    start = images(len(x))
+    settings = Settings(kind="full", steps=150)
+
+    def reached(network: nn.Module, stage: str) -> Tensor:
+        t = Template(network, stages, float32)
+        return decode(t, t.encode(x, "full", [stage]), start, settings, float32).images
+
+    first, last, by_random = reached(trained, stages[0]), reached(trained, stages[-1]), reached(untrained, stages[-1])
+    assert float(psnr(first, x).mean()) > 35
+    assert float(psnr(first, x).mean()) > float(psnr(last, x).mean()) + 10
+    recognised, at_random = (float((verifier(i).argmax(1) == y).float().mean()) for i in (last, by_random))
+    assert recognised >= at_random + 0.1
+    t = Template(trained, stages, float32)
+    found = t.encode_set(test)
+    v = impression.relation_vectors(found, impression.mean_impression(t.encode_set(train)))
+    assert test.labels is not None
+    assert impression.retrieval_precision(v @ v.T, test.labels, 1) > 0.9
