@@ -9,6 +9,7 @@ import os
 import shlex
 import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -473,7 +474,7 @@ def _results(args: argparse.Namespace) -> None:
             raise InputError(f"there is no folder {folder}")
     own = [] if args.committed else tables.under(args.runs or [Path("runs")])
     found = records.committed() + own
-    if args.chapter:
+    if args.chapter and not args.claims:
         found = [record for record in found if record["chapter"] == args.chapter]
     form = "json" if args.json else args.format
     if args.csv:
@@ -483,7 +484,8 @@ def _results(args: argparse.Namespace) -> None:
     elif form == "json" and not args.claims:
         print(tables.values(found).to_json(orient="records", indent=1))
     else:
-        _print_tables(tables.claims(found) if args.claims else tables.results(found), form)
+        shown = tables.claims(found, args.chapter or "") if args.claims else tables.results(found)
+        _print_tables(shown, form)
         if not found and form == "text":
             print("no runs yet: dfkd run CHAPTER makes one")
 
@@ -499,7 +501,13 @@ def _print_tables(shown: list[Table], form: str) -> None:
         sys.stdout.write("\n".join(f"# {table.caption}\n{table.frame.to_csv(index=False)}" for table in shown))
     else:
         for table in shown:
-            print(f"{table.caption}\n{table.frame.to_string(index=False)}\n")
+            if table.kind == "claims":
+                width = min(shutil.get_terminal_size().columns, 110)
+                rows = [f"{r.verdict}: {r.claim} {r.figures}".rstrip() for r in table.frame.itertuples()]
+                text = "\n".join(textwrap.fill(row, width, initial_indent="- ", subsequent_indent="  ") for row in rows)
+            else:
+                text = table.frame.to_string(index=False)
+            print(f"{table.caption}\n{text}\n")
 
 
 def _book(args: argparse.Namespace) -> None:

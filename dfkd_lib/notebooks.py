@@ -18,7 +18,7 @@ from .locations import book_root, repository_root
 from .parameters import notebook_path, parameters
 
 # The first code cell of every chapter, tagged `setup` and `hide-input`.
-SETUP_CELL = '''\
+SETUP_CELL = """\
 # On Colab: install the library that this chapter runs on, once.
 import importlib.util
 import os
@@ -30,7 +30,7 @@ if "google.colab" in sys.modules and not importlib.util.find_spec("dfkd_lib"):
     source = os.environ.get("DFKD_INSTALL") or REPOSITORY
     if not source:
         raise RuntimeError("set DFKD_INSTALL to what pip shall install: a wheel, or git+https://...")
-    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)'''
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", source], check=True)"""
 
 
 class ChapterFailed(DFKDError):
@@ -46,9 +46,7 @@ def setup_cell() -> str:
     return SETUP_CELL.replace("{address}", f"git+{url}@{branch}" if url else "")
 
 
-def execute(
-    chapter: str, out: Path, given: Mapping[str, Any], *, environment: Mapping[str, str] | None = None
-) -> Path:
+def execute(chapter: str, out: Path, given: Mapping[str, Any], *, environment: Mapping[str, str] | None = None) -> Path:
     """Run a chapter with papermill, in a kernel of its own, and return `out/notebook.ipynb`.
 
     The chapter keeps its checkpoints and its record in `out`, and continues from what it finds there.

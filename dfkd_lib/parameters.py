@@ -225,9 +225,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return read or {}
 
 
-def check_parameters(
-    chapter: str, given: Mapping[str, Any], texts: Iterable[tuple[str, str]] = ()
-) -> dict[str, Any]:
+def check_parameters(chapter: str, given: Mapping[str, Any], texts: Iterable[tuple[str, str]] = ()) -> dict[str, Any]:
     """Hold values against the chapter's parameters and return them in the parameters' types.
 
     Args:

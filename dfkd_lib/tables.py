@@ -66,12 +66,18 @@ def results(found: Sequence[Record]) -> list[Table]:
     return tables
 
 
-def claims(found: Sequence[Record]) -> list[Table]:
-    """Each claim of each paper, with its verdict at the largest scale at which a run tested it."""
+def claims(found: Sequence[Record], chapter: str = "") -> list[Table]:
+    """Each claim of each paper, with its verdict at the largest scale at which a run tested it.
+
+    Args:
+        chapter: papers that this chapter's runs bear on alone; by default all.
+    """
     import pandas as pd
 
     tables = []
     for card in map(paper, paper_ids()):
+        if chapter and chapter not in card.chapters:
+            continue
         groups = records.group(_of(found, card.chapters))
         rows = []
         for claim in card.claims:

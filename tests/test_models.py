@@ -39,9 +39,7 @@ CHEAP = [
 
 def network(name: str, n_classes: int = 10, channels: int = 3, device: str = "cpu") -> nn.Module:
     with torch.device(device):
-        return build(
-            name, n_classes=n_classes, in_channels=channels, mean=MEAN[:channels], std=STD[:channels]
-        )
+        return build(name, n_classes=n_classes, in_channels=channels, mean=MEAN[:channels], std=STD[:channels])
 
 
 def generator(
@@ -238,9 +236,7 @@ def test_ngf_scales_every_width(name: str) -> None:
     widths = []
     for ngf in (4, 12):
         module = generator(name, (3, 32, 32), ngf=ngf, device="meta")
-        widths.append(
-            [m.num_features for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.affine]
-        )
+        widths.append([m.num_features for m in module.modules() if isinstance(m, nn.BatchNorm2d) and m.affine])
     assert [3 * width for width in widths[0]] == widths[1]
 
 

@@ -45,9 +45,7 @@ def test_the_setup_cell_installs_on_colab_only_and_once(monkeypatch: pytest.Monk
     assert _set_up(monkeypatch, colab=True, installed=False, address="git+URL@v1")[0][-1] == "a.whl"
 
 
-def test_the_setup_cell_holds_the_address_of_the_configuration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_setup_cell_holds_the_address_of_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(notebooks, "repository_root", lambda: tmp_path)
     config = tmp_path / "_config.yml"
     config.write_text('repository: {url: ""}')

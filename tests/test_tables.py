@@ -128,3 +128,10 @@ def test_latex_compiles(capsys: pytest.CaptureFixture[str], tmp_path: Path, word
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace")
     assert run.returncode == 0, run.stdout[-2000:]
     assert (tmp_path / "tables.pdf").stat().st_size > 10_000
+
+
+def test_claims_of_a_chapter_are_those_of_its_papers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["results", "fast", "--claims", "--committed"]) == 0
+    printed = capsys.readouterr().out
+    assert "2112.06253" in printed and "1912.11006" not in printed
+    assert all(len(line) <= 110 for line in printed.splitlines() if line.startswith(("- ", "  ")))

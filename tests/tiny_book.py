@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dfkd_lib.notebooks import setup_cell
 
-PARAMETERS = '''# a second
+PARAMETERS = """# a second
 profile = "smoke"
 seed = 0  # [0..] every random stream follows from it
 device = "auto"
@@ -18,9 +18,9 @@ lr = 0.5  # (0..1] learning rate
 n_steps = 3  # [1..100] steps
 sizes = [1, 2]  # [1..] of something
 mode = "work"  # {work|fail|refuse|die|wait|nothing} what this run shall do
-anything = None'''
+anything = None"""
 
-WORK = '''import json, os, sys, time
+WORK = """import json, os, sys, time
 from pathlib import Path
 
 folder = Path(os.environ.get("DFKD_OUT", "") or out or ".")
@@ -39,24 +39,24 @@ for step in range(first + 1, n_steps + 1):
     if mode == "wait" and not (folder / "go").exists():
         time.sleep(60)
 emit(event="done", fit="toy", step=n_steps, n_steps=n_steps, seconds=0.2, metrics={"accuracy": lr})
-print("steps", n_steps)'''
+print("steps", n_steps)"""
 
-TROUBLE = '''if mode == "fail":
+TROUBLE = """if mode == "fail":
     raise ValueError("the toy broke\\nsecond line")
 if mode == "refuse":
     from dfkd_lib.errors import InputError
     raise InputError("no such dataset")
 if mode == "die":
-    os._exit(1)'''
+    os._exit(1)"""
 
-RECORD = '''record = {
+RECORD = """record = {
     "schema": 1, "chapter": "tiny", "profile": profile, "parameters": {"lr": lr, "n_steps": n_steps}, "seed": seed,
     "seconds": 1.0, "metrics": {"toy/DFAD/accuracy": lr, "toy/resumed/value": first},
     "best": {"toy/DFAD/accuracy": lr}, "finished": "2026-01-01T00:00:00+00:00",
     "threads": os.environ.get("OMP_NUM_THREADS"),
 }
 if "DFKD_OUT" in os.environ and mode != "nothing":
-    (folder / "record.json").write_text(json.dumps(record))'''
+    (folder / "record.json").write_text(json.dumps(record))"""
 
 
 def cell(source: str, *tags: str, number: int) -> dict[str, object]:

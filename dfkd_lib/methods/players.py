@@ -35,9 +35,7 @@ def no_weight_gradients(module: nn.Module) -> Iterator[None]:
 
 def sgd(module: nn.Module, lr: float, weight_decay: float, momentum: float = 0.9, nesterov: bool = False) -> SGD:
     """SGD with momentum over a module's weights, fused where the device allows."""
-    return SGD(
-        module.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=nesterov, fused=_can_fuse(module)
-    )
+    return SGD(module.parameters(), lr, momentum, weight_decay=weight_decay, nesterov=nesterov, fused=_can_fuse(module))
 
 
 def adam(module: nn.Module, lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> Adam:
