@@ -335,7 +335,7 @@ def test_bad_requests_are_named(float32, tmp_path):
         Decoding(t, t.encode(images(), "full"), images(), Settings(kind="stat"), float32)
     with pytest.raises(InputError, match="no ReLU"):
         impression.find_stages(nn.Sequential(nn.Conv2d(1, 2, 3)), (1, 8, 8))
-    with pytest.raises(InputError, match="cannot read image"):
+    with pytest.raises(InputError, match="there is no image"):
         impression.read_image(str(tmp_path / "none.png"), 8, 3)
     with pytest.raises(InputError, match="class 1 has 1"):
         impression.pick(torch.tensor([0, 0, 1]), 2)

@@ -5,7 +5,7 @@ from .catalogue import DatasetInfo, info, names
 from .guard import no_training_data, opened
 from .imageset import ImageSet
 from .loading import load
-from .sources import prepare
+from .sources import prepare, read_image
 
 __all__ = [
     "DatasetInfo",
@@ -19,5 +19,6 @@ __all__ = [
     "opened",
     "paired_crop_flip",
     "prepare",
+    "read_image",
     "resized_crop_flip",
 ]

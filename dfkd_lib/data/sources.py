@@ -314,7 +314,7 @@ def folder(path: str, size: tuple[int, int], channels: int) -> Arrays:
     Raises:
         InputError: no such folder, or no readable image in it.
     """
-    root = folder_path(path)
+    root = own_path(path)
     if not root.is_dir():
         raise InputError(f"folder {root} does not exist; give the path of a folder with images")
     classes = tuple(sorted(p.name for p in root.iterdir() if p.is_dir() and not p.name.startswith(".")))
@@ -341,10 +341,25 @@ def folder(path: str, size: tuple[int, int], channels: int) -> Arrays:
     return Arrays(np.stack(images)[order], labels[order], classes, skipped)
 
 
-def folder_path(path: str) -> Path:
-    """Where a folder is that a user names, whether or not it exists."""
+def read_image(path: str, size: int, channels: int) -> np.ndarray:
+    """One image file, cropped to a square around its centre and resized: uint8 [size, size, channels].
+
+    Raises:
+        InputError: no such file, or not an image.
+    """
+    file = own_path(path)
+    if not file.is_file():
+        raise InputError(f"there is no image {file}; give the path of a picture")
+    image = _image(file, (size, size), channels)
+    if image is None:
+        raise InputError(f"cannot read {file} as an image; give another picture")
+    return image.reshape(size, size, channels)
+
+
+def own_path(path: str) -> Path:
+    """Where a file or folder is that a user names, whether or not it exists."""
     root = Path(path).expanduser()
-    if root.is_dir() or root.is_absolute():
+    if root.exists() or root.is_absolute():
         return root
     # A chapter runs in its own folder, while its reader names paths from where the command was given.
     return Path(os.environ.get("PWD", ".")) / root

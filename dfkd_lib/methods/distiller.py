@@ -143,9 +143,7 @@ class Distiller:
     def imitate(self) -> Tensor:
         """One student update on T^2 KL(teacher || student); returns the loss, detached."""
         settings, budget = self.distillation, self.budget
-        if settings.n_updates:
-            factor = cosine(min(budget.student_updates, settings.n_updates), settings.n_updates)
-            set_lr(self.student_optimizer, settings.lr_student * factor)
+        set_lr(self.student_optimizer, settings.lr_student * self.decay())
         with self.runtime.autocast():
             with torch.no_grad():
                 x = self.runtime.images(self.sample(settings.batch_size))
@@ -156,6 +154,11 @@ class Distiller:
         budget.student_updates += 1
         budget.teacher_passes += len(x)
         return loss.detach()
+
+    def decay(self) -> float:
+        """The factor of the student's cosine at its present update; 1 without `n_updates`."""
+        done, n_updates = self.budget.student_updates, self.distillation.n_updates
+        return cosine(min(done, n_updates), n_updates) if n_updates else 1.0
 
     def look(self, x: Tensor, layers: Sequence[nn.Module] = ()) -> tuple[Tensor, list[Seen]]:
         """The teacher's logits on x in full precision, and what it showed its batch-norm layers on the way."""

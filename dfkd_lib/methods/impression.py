@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import data
 from ..data import ImageSet
 from ..errors import DataUnavailable, InputError, unknown
 from ..models import Normalize
@@ -586,24 +587,12 @@ def read_image(path: str, size: int, channels: int) -> Tensor:
     Raises:
         InputError: no such file, or not an image.
     """
-    import numpy as np
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     if path in ("china.jpg", "flower.jpg"):
-        from sklearn.datasets import load_sample_image
+        import sklearn.datasets
 
-        opened = Image.fromarray(load_sample_image(path))
-    else:
-        try:
-            opened = Image.open(Path(path).expanduser())
-        except (OSError, UnidentifiedImageError) as e:
-            raise InputError(
-                f"cannot read image {path} ({type(e).__name__}); give the absolute path of a picture"
-            ) from e
-    image = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
-    fitted = np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BILINEAR))
-    pixels = torch.from_numpy(fitted.copy()).float().div(255)
-    return pixels.reshape(1, size, size, channels).permute(0, 3, 1, 2).contiguous()
+        path = str(Path(sklearn.datasets.__file__).parent / "images" / path)
+    pixels = torch.from_numpy(data.read_image(path, size, channels).copy()).float().div(255)
+    return pixels.permute(2, 0, 1)[None].contiguous()
 
 
 IMAGENET = ("vgg16", "vgg19", "vgg16_bn", "vgg19_bn")

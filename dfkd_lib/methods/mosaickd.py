@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .. import data, losses
 from ..budget import Budget
 from ..data import ImageSet, crop_flip, minibatches
-from ..data.sources import folder_path
+from ..data.sources import own_path
 from ..errors import InputError, unknown
 from ..evaluation import evaluating
 from ..runtime import Runtime
@@ -406,7 +406,7 @@ def ood_images(asked: str, *, image_size: int | tuple[int, int], channels: int) 
         except ValueError:
             raise InputError(f"{asked!r}: classes are numbers with commas between, such as {name}:0,1") from None
     path = chosen if name == "folder" else asked
-    if not path or (name != "folder" and not folder_path(path).is_dir() and "/" not in path):
+    if not path or (name != "folder" and not own_path(path).is_dir() and "/" not in path):
         raise unknown("dataset or folder", asked, data.names())
     return data.load(f"folder:{path}", "train", image_size=image_size, channels=channels)
 

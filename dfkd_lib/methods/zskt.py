@@ -25,7 +25,7 @@ from .. import losses
 from ..errors import InputError, unknown
 from ..evaluation import evaluating
 from ..runtime import Runtime
-from ..schedules import cosine, set_lr
+from ..schedules import set_lr
 from .generative import GenerativeSettings, GeneratorDistiller, check_weights
 from .players import check_positive
 
@@ -201,11 +201,6 @@ class ZSKT(GeneratorDistiller):
         clipped_update(self.student_optimizer, loss, self.student_scaler, self.student.parameters(), settings.clip)
         self.budget.student_updates += 1
         return loss.detach()
-
-    def decay(self) -> float:
-        """The factor of the shared cosine at the present student update; 1 without `n_updates`."""
-        done, n_updates = self.budget.student_updates, self.settings.n_updates
-        return cosine(min(done, n_updates), n_updates) if n_updates else 1.0
 
     @torch.no_grad()
     def teach(self) -> Lesson:

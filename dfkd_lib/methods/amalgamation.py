@@ -1,0 +1,449 @@
+"""Knowledge amalgamation: several trained classifiers become one student over all their classes, without labels.
+
+Common ground of three papers: comprehensive classification (arXiv 1811.02796, :mod:`.comprehensive`), customised
+students (arXiv 1908.07121, :mod:`.customised`) and common feature learning (arXiv 1906.10546,
+:mod:`.common_features`). Every unlabelled image goes through every frozen teacher; their logits, side by side, are the
+target over the union of the classes. What a paper adds to that is a :class:`FeatureTerm`: a loss between features.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..data import ImageSet, crop_flip, minibatches
+from ..errors import InputError, unknown
+from ..evaluation import evaluating
+from ..fit import fit
+from ..losses import cross_entropy, kl
+from ..models.adapters import still
+from ..runtime import Runtime
+from ..schedules import cosine, set_lr
+from .players import adam, check_positive, freeze, restore_state, state_of
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """Which outputs of the union belong to which teacher.
+
+    Attributes:
+        columns: for each teacher, the places of its classes among the union's outputs, in its own order.
+    """
+
+    columns: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def disjoint(cls, sizes: Sequence[int]) -> Tasks:
+        """Teachers without a class in common: their outputs one after another."""
+        starts = itertools.accumulate(sizes, initial=0)
+        return cls(tuple(tuple(range(o, o + n)) for o, n in zip(starts, sizes, strict=False)))
+
+    @classmethod
+    def named(cls, classes: Sequence[Sequence[str]]) -> Tasks:
+        """Teachers that may share classes: the union has each name once, in the order of first appearance."""
+        place = {name: i for i, name in enumerate(dict.fromkeys(itertools.chain(*classes)))}
+        return cls(tuple(tuple(place[name] for name in names) for names in classes))
+
+    @property
+    def n_classes(self) -> int:
+        """Classes of the union, C."""
+        return 1 + max(itertools.chain(*self.columns))
+
+    def holds(self, task: int, labels: Tensor) -> Tensor:
+        """Whether labels (int64, of the union) belong to a task."""
+        return torch.isin(labels, torch.tensor(self.columns[task], device=labels.device))
+
+
+def centred(logits: Tensor) -> Tensor:
+    """z - mean_c z_c, image by image: the offset, which a teacher's own training never fixes, is gone."""
+    return logits - logits.mean(1, keepdim=True)
+
+
+def union(logits: Sequence[Tensor], tasks: Tasks, *, centre: bool = True) -> Tensor:
+    """The target s_a = [z_1; ...; z_N]; a class that several teachers know gets the mean of their logits.
+
+    Args:
+        logits: [B, C_t] of each teacher.
+        centre: centre each teacher's logits first; without, a constant added to one teacher changes the target.
+
+    Returns:
+        [B, C].
+    """
+    total = logits[0].new_zeros(len(logits[0]), tasks.n_classes)
+    known = torch.zeros(tasks.n_classes, device=total.device, dtype=total.dtype)
+    for z, columns in zip(logits, tasks.columns, strict=True):
+        at = torch.tensor(columns, device=total.device)
+        total = total.index_add(1, at, centred(z) if centre else z)
+        known = known.index_add(0, at, torch.ones_like(known[at]))
+    return total / known
+
+
+def decompose(target: Tensor, student: Tensor, tasks: Tasks) -> tuple[Tensor, Tensor]:
+    """The soft-target loss in two parts: CE(p, q) = CE(P, Q) + sum_t P_t CE(p_{.|t}, q_{.|t}).
+
+    P_t and Q_t are the masses of block t, so the first part decides between the teachers and the second within them.
+
+    Args:
+        target, student: logits over the union [B, C]; the tasks have no class in common.
+
+    Returns:
+        Both parts, means over the batch.
+    """
+    blocks = [(target[:, list(c)], student[:, list(c)]) for c in tasks.columns]
+    log_mass = [torch.stack([pair[i].logsumexp(1) for pair in blocks], 1).log_softmax(1) for i in (0, 1)]
+    mass = log_mass[0].exp()
+    within = torch.stack([-(z.softmax(1) * s.log_softmax(1)).sum(1) for z, s in blocks], 1)
+    return -(mass * log_mass[1]).sum(1).mean(), (mass * within).sum(1).mean()
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """H = -sum_c p_c ln p_c of each row, in [0, ln C]; finite for logits of any size.
+
+    Args:
+        logits: [B, C].
+
+    Returns:
+        [B].
+    """
+    log_p = logits.log_softmax(1)
+    return -(log_p.exp() * log_p).sum(1)
+
+
+def least_ambiguous(logits: Sequence[Tensor]) -> Tensor:
+    """t*(x) = argmin_t H_t(x): for each image the network that is surest; the first of equals.
+
+    Args:
+        logits: [B, C_t] of each network.
+
+    Returns:
+        int64 [B].
+    """
+    lowest = entropy(logits[0])
+    chosen = torch.zeros(len(lowest), dtype=torch.int64, device=lowest.device)
+    for t, z in enumerate(logits[1:], 1):
+        h = entropy(z)
+        chosen = torch.where(h < lowest, t, chosen)
+        lowest = torch.minimum(h, lowest)
+    return chosen
+
+
+def best_temperature(logits: Tensor, labels: Tensor) -> float:
+    """The temperature in [0.1, 10] at which a classifier's own labelled images are likeliest."""
+    grid = torch.logspace(-1, 1, 201, dtype=torch.float64).tolist()
+    losses = [float(cross_entropy(logits.double() / t, labels)) for t in grid]
+    return grid[losses.index(min(losses))]
+
+
+def ensembles(logits: Sequence[Tensor], tasks: Tasks, temperatures: Sequence[float]) -> dict[str, Tensor]:
+    """What can be made of the teachers without any training: scores over the union [N, C] by name.
+
+    Args:
+        logits: [N, C_t] of each teacher.
+        temperatures: one per teacher, fitted on labels; only "calibrated" uses them, and no student ever does.
+    """
+    beliefs = [z.softmax(1) for z in logits]
+    surest = least_ambiguous(logits)
+    return {
+        "raw logits": union(logits, tasks, centre=False),
+        "centred logits": union(logits, tasks),
+        "probabilities": union(beliefs, tasks, centre=False),
+        "lowest entropy": union([p + (surest == t)[:, None] for t, p in enumerate(beliefs)], tasks, centre=False),
+        "calibrated": union([z / t for z, t in zip(logits, temperatures, strict=True)], tasks),
+    }
+
+
+def predict(model: nn.Module, images: ImageSet, runtime: Runtime, batch_size: int = 500) -> Tensor:
+    """The logits of all images, [N, C], in eval mode, in at least float32."""
+    with evaluating(model), runtime.autocast():
+        parts = [model(runtime.images(x)).to(runtime.dtype) for x, _ in images.batches(batch_size)]
+    return torch.cat(parts).clone()
+
+
+def right(scores: Tensor, labels: Tensor, tasks: Tasks, task: int | None = None) -> Tensor:
+    """Whether the largest score is at the label, image by image: over the union, or among a task's classes alone.
+
+    Args:
+        scores: [N, C].
+        labels: int64 [N], of the union.
+
+    Returns:
+        bool [N].
+    """
+    if task is None:
+        return scores.argmax(1) == labels
+    at = torch.tensor(tasks.columns[task], device=scores.device)
+    return at[scores[:, at].argmax(1)] == labels
+
+
+def measures(scores: Tensor, labels: Tensor, tasks: Tasks) -> dict[str, float]:
+    """The metrics of all three parts, as fractions. Published tables mix the first two.
+
+    - union: argmax over all outputs, all images.
+    - part t known: argmax among the classes of task t, on its images: what a teacher has, by nature.
+    - part t unknown: argmax over all outputs, on the images of task t.
+    - assignment: the argmax over all outputs is a class of the right task.
+    """
+    over_union, predicted = right(scores, labels, tasks), scores.argmax(1)
+    assigned = torch.zeros_like(over_union)
+    found = {"union": share(over_union)}
+    for t in range(len(tasks.columns)):
+        ours = tasks.holds(t, labels)
+        assigned |= ours & tasks.holds(t, predicted)
+        found[f"part {t + 1} known"] = share(right(scores, labels, tasks, t)[ours])
+        found[f"part {t + 1} unknown"] = share(over_union[ours])
+    return found | {"assignment": share(assigned)}
+
+
+def share(flags: Tensor) -> float:
+    """The share of True in a bool tensor."""
+    return int(flags.sum()) / max(1, len(flags))
+
+
+def margin(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
+    """How much more often one classifier is right than another on the same images, and half its 95 % interval.
+
+    Args:
+        ours, theirs: bool [N], image by image; the interval is that of the paired differences.
+    """
+    difference = ours.double() - theirs.double()
+    return float(difference.mean()), 1.96 * float(difference.std()) / math.sqrt(len(difference))
+
+
+@contextmanager
+def tapped_at(network: nn.Module, places: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """While the context is open, a pass through the network leaves the outputs of the named modules in the dict.
+
+    They are copies: an activation that works in place behind a place does not change them.
+
+    Raises:
+        InputError: no such module; the message names it.
+    """
+    modules = dict(network.named_modules())
+    seen: dict[str, Tensor] = {}
+    with ExitStack() as hooks:
+        for place in places:
+            if place not in modules:
+                raise unknown(f"place in {type(network).__name__}", place, [name for name in modules if name])
+
+            def keep(module: nn.Module, inputs: Any, output: Tensor, place: str = place) -> None:
+                seen[place] = output.clone()
+
+            hooks.callback(modules[place].register_forward_hook(keep).remove)
+        yield seen
+
+
+def look(network: nn.Module, x: Tensor, places: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
+    """One pass: logits [B, C], and the outputs of the named modules in their order."""
+    with tapped_at(network, places) as seen:
+        logits = network(x)
+    return logits, [seen[place] for place in places]
+
+
+class FeatureTerm(nn.Module):
+    """A loss between the student's features and all teachers', with weights of its own that are thrown away.
+
+    Attributes:
+        places: names of the modules whose outputs are its features: of the student first, then of each teacher.
+        weights: factor of each term that :meth:`forward` returns.
+    """
+
+    places: Sequence[Sequence[str]]
+    weights: dict[str, float]
+
+    def forward(self, f_s: list[Tensor], f_t: list[list[Tensor]]) -> dict[str, Tensor]:
+        """Terms by name, scalars.
+
+        Args:
+            f_s: the student's features at its places.
+            f_t: of each teacher, its features at its places; without gradient.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a student learns from several teachers.
+
+    Attributes:
+        n_steps: updates; the learning rates fall to 0 along half a cosine.
+        batch_size: images per update.
+        lr: Adam of the student.
+        lr_term: Adam of a feature term's own weights.
+        kd: weight of the soft targets.
+        temperature: of the KL divergence; 1 in the authors' code.
+        centre: whether the teachers' logits are centred before they are put side by side; the authors do not.
+        pad: largest shift of an image in pixels.
+        flip: whether images are mirrored at random.
+    """
+
+    n_steps: int
+    batch_size: int = 64
+    lr: float = 1e-3
+    lr_term: float = 1e-3
+    kd: float = 1.0
+    temperature: float = 1.0
+    centre: bool = True
+    pad: int = 0
+    flip: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive(self, "n_steps", "batch_size", "lr", "lr_term", "temperature")
+
+
+class Views:
+    """The stream of training images: batches without labels, shifted and mirrored as the settings say."""
+
+    def __init__(self, images: ImageSet, settings: Settings, runtime: Runtime, name: str, n: int | None = None) -> None:
+        self.images, self.settings, self.runtime = images.to(runtime.device), settings, runtime
+        self.order = minibatches(len(images), n or settings.batch_size, seed=runtime.seed)
+        self.randomness = runtime.stream(name)
+
+    def batch(self, step: int) -> Tensor:
+        """Images of a step [B, C, H, W]; the draws of the augmentation come from :attr:`randomness`."""
+        x, _ = self.images.batch(self.order(step).to(self.runtime.device))
+        if self.settings.pad or self.settings.flip:
+            x = crop_flip(x, pad=self.settings.pad, flip=self.settings.flip, generator=self.randomness)
+        return self.runtime.images(x)
+
+
+def descend(loss: Tensor, optimizers: Sequence[tuple[Optimizer, float]], scaler: torch.amp.GradScaler) -> None:
+    """One backward pass and a step of every optimiser at its learning rate."""
+    for optimizer, lr in optimizers:
+        set_lr(optimizer, lr)
+        optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    for optimizer, _ in optimizers:
+        scaler.step(optimizer)
+    scaler.update()
+
+
+class Amalgam:
+    """A student learns the union of its teachers, from soft targets and, where given, from a feature term.
+
+    Without a term this is plain distillation on concatenated logits.
+    """
+
+    data_free: ClassVar[bool] = False
+    PARTS = ("student", "optimizer", "scaler", "randomness", "steps")
+
+    def __init__(
+        self,
+        teachers: Sequence[nn.Module],
+        student: nn.Module,
+        images: ImageSet,
+        tasks: Tasks,
+        settings: Settings,
+        runtime: Runtime,
+        term: FeatureTerm | None = None,
+    ) -> None:
+        self.settings, self.runtime, self.tasks, self.n_steps = settings, runtime, tasks, settings.n_steps
+        self.teachers = [freeze(runtime.prepare(teacher)) for teacher in teachers]
+        self.student = runtime.prepare(student).train()
+        self.views = Views(images, settings, runtime, "amalgamation views")
+        self.randomness = self.views.randomness
+        must_fit(self.teachers, self.student, tasks, runtime.images(images.batch(range(1))[0]))
+        self.optimizer, self.scaler, self.steps = adam(self.student, settings.lr), runtime.scaler(), 0
+        self.parts: tuple[str, ...] = self.PARTS
+        self.term = None if term is None else runtime.prepare(term).train()
+        self.places: list[list[str]] = (
+            [[] for _ in range(len(teachers) + 1)] if term is None else [list(p) for p in term.places]
+        )
+        if self.term is not None:
+            self.term_optimizer = adam(self.term, settings.lr_term)
+            self.parts += ("term", "term_optimizer")
+
+    def step(self) -> dict[str, Tensor]:
+        """One update of the student and of the term; returns {"soft targets": ..., and the terms}, detached."""
+        settings, dtype = self.settings, self.runtime.dtype
+        x = self.views.batch(self.steps)
+        with self.runtime.autocast():
+            with torch.no_grad():
+                seen = [look(teacher, x, at) for teacher, at in zip(self.teachers, self.places[1:], strict=True)]
+            s, f_s = look(self.student, x, self.places[0])
+            terms = self.term(f_s, [f for _, f in seen]) if self.term is not None else {}
+        target = union([z.to(dtype) for z, _ in seen], self.tasks, centre=settings.centre)
+        loss = settings.kd * kl(s.to(dtype), target, settings.temperature)
+        terms = {"soft targets": loss} | terms
+        for name, value in terms.items():
+            if name != "soft targets" and self.term is not None:
+                loss = loss + self.term.weights[name] * value
+        fall = cosine(self.steps, self.n_steps)
+        optimizers = [(self.optimizer, fall * settings.lr)]
+        if self.term is not None:
+            optimizers.append((self.term_optimizer, fall * settings.lr_term))
+        descend(loss, optimizers, self.scaler)
+        self.steps += 1
+        return {name: value.detach() for name, value in terms.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :class:`dfkd_lib.fit.Method`."""
+        return state_of(self, self.parts)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See :class:`dfkd_lib.fit.Method`."""
+        restore_state(self, self.parts, state)
+
+
+def must_fit(teachers: Sequence[nn.Module], student: nn.Module, tasks: Tasks, x: Tensor) -> None:
+    """Refuse networks whose outputs are not the classes they are said to have.
+
+    Raises:
+        InputError: naming the network, its outputs and the outputs it should have.
+    """
+    if len(teachers) != len(tasks.columns):
+        raise InputError(f"there are {len(teachers)} teachers and {len(tasks.columns)} lists of classes; give one each")
+    wanted = [len(columns) for columns in tasks.columns]
+    named = [(f"teacher {t + 1}", teacher, n) for t, (teacher, n) in enumerate(zip(teachers, wanted, strict=True))]
+    for name, network, n in [*named, ("the student", student, tasks.n_classes)]:
+        try:
+            with still(network):
+                z = network(x)
+        except (RuntimeError, ValueError) as e:
+            size = "x".join(map(str, x.shape[1:]))
+            raise InputError(f"{name} cannot read images of {size}: {' '.join(str(e).split())}") from None
+        if z.ndim != 2 or z.shape[1] != n:
+            raise InputError(f"{name} gives {'x'.join(map(str, z.shape[1:]))} outputs for {n} classes; they must agree")
+
+
+def amalgamate(
+    teachers: Sequence[nn.Module],
+    student: nn.Module,
+    images: ImageSet,
+    *,
+    classes: Sequence[Sequence[str]],
+    term: FeatureTerm | None = None,
+    settings: Settings | None = None,
+    runtime: Runtime | None = None,
+) -> tuple[nn.Module, list[str]]:
+    """Make one classifier of several of your own, on unlabelled images.
+
+    Args:
+        teachers: trained; images [B, C, H, W] in [0, 1] -> logits over their classes. They are frozen, and their
+            weights and running statistics stay as they are.
+        student: images -> logits over the union, in the order that is returned.
+        images: of all tasks, mixed; labels, if there are any, are not read.
+        classes: the names of each teacher's classes, in the order of its outputs; names may occur in several.
+        term: a loss between features, from :meth:`dfkd_lib.methods.common_features.CommonSpace.between` (any
+            architectures) or :meth:`dfkd_lib.methods.comprehensive.Joint.between` (equal ones); without,
+            distillation on the concatenated logits.
+        settings: 1000 updates with the defaults, unless you say otherwise.
+
+    Returns:
+        The student in eval mode, and the names of the union's classes in the order of its outputs.
+
+    Raises:
+        InputError: outputs or features that do not fit; the message names the network, or the place in it.
+    """
+    runtime = runtime or Runtime.choose()
+    tasks = Tasks.named(classes)
+    method = Amalgam(teachers, student, images, tasks, settings or Settings(n_steps=1000), runtime, term)
+    fit(method, method.n_steps, name="amalgamation")
+    return method.student.eval(), list(dict.fromkeys(itertools.chain(*classes)))

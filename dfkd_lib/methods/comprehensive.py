@@ -1,0 +1,444 @@
+"""Amalgamating Knowledge towards Comprehensive Classification, arXiv 1811.02796.
+
+Layer by layer, the stacked features of several teachers of one architecture are compressed into a compact set
+(feature amalgamation); each layer of the student then learns to make the compact features of its place from those of
+the place before (layer-wise learning), and in the end all layers learn together (joint learning). The compression is
+linear, so its optimum is a principal component analysis, in closed form. Two forms: :class:`Layerwise`, as the paper
+has it, for networks that are a chain of layers; :class:`Joint`, the single stage of the authors' engine, for any.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data import ImageSet
+from ..errors import InputError
+from ..models.adapters import adapter, affine, still
+from ..runtime import Runtime
+from ..schedules import cosine, set_lr
+from .amalgamation import FeatureTerm, Settings, Tasks, Views, look, must_fit, union
+from .players import adam, freeze, restore_state, state_of, update
+
+
+@dataclass(frozen=True)
+class Code:
+    """A linear auto-encoder of channel vectors: F_a = W_e (F - mu), F~ = W_d F_a + mu.
+
+    Attributes:
+        encode: W_e [C_a, C]; decode: W_d [C, C_a]; mean: mu [C].
+    """
+
+    encode: Tensor
+    decode: Tensor
+    mean: Tensor
+
+    def error(self, covariance: Tensor) -> float:
+        """L_A in expectation, mean over the channels: tr((I - W_d W_e) Sigma (I - W_d W_e)^T) / C."""
+        lost = torch.eye(len(covariance), dtype=covariance.dtype) - self.decode @ self.encode
+        return float((lost @ covariance @ lost.T).trace()) / len(covariance)
+
+    def modules(self, ndim: int) -> tuple[nn.Module, nn.Module]:
+        """enc and dec as 1x1 convolutions (ndim 4) or linear layers (ndim 2) with bias."""
+        shapes = ((self.encode, -self.encode @ self.mean), (self.decode, self.mean))
+        made = [adapter(w.shape[1], w.shape[0], ndim) for w, _ in shapes]
+        for layer, (weight, bias) in zip(made, shapes, strict=True):
+            _set(layer, weight, bias)
+        return made[0], made[1]
+
+
+def pca(mean: Tensor, covariance: Tensor, width: int) -> Code:
+    """Direct feature amalgamation in closed form: the top eigenvectors of the channel covariance.
+
+    No linear auto-encoder of this width has a smaller error than what the other eigenvalues add up to.
+
+    Args:
+        mean, covariance: of the stacked channels, [C] and [C, C], float64.
+        width: C_a, at most C.
+    """
+    _, vectors = torch.linalg.eigh(covariance)
+    top = vectors[:, -width:].flip(1)
+    return Code(top.T, top, mean)
+
+
+def incremental(mean: Tensor, covariance: Tensor, sizes: Sequence[int], width: int) -> Code:
+    """Incremental feature amalgamation in closed form: G_2 = enc([F_1; F_2]), G_n = enc([G_{n-1}; F_n]).
+
+    A new teacher costs one more step and leaves the earlier ones as they are. For two teachers this is :func:`pca`;
+    for more it is one of the encoders that direct amalgamation could have chosen, and so never better.
+
+    Args:
+        sizes: channels of each teacher; they add up to C.
+    """
+    eye = torch.eye(len(covariance), dtype=covariance.dtype)
+    encode, decode, stop = eye[: sizes[0]], eye[:, : sizes[0]], sizes[0]
+    for size in sizes[1:]:
+        new = eye[stop : stop + size]
+        seen = torch.cat([encode, new])
+        step = pca(mean.new_zeros(len(seen)), seen @ covariance @ seen.T, min(width, len(seen)))
+        encode, decode = step.encode @ seen, torch.cat([decode, new.T], 1) @ step.decode
+        stop += size
+    return Code(encode, decode, mean)
+
+
+class Moments:
+    """Mean and covariance of channel vectors, gathered batch by batch in float64."""
+
+    def __init__(self) -> None:
+        self.n, self.total, self.products = 0, torch.zeros(()), torch.zeros(())
+
+    def add(self, features: Tensor) -> None:
+        """Count every pixel of features [B, C, H, W] or [B, C]."""
+        rows = features.detach().flatten(2).transpose(1, 2).flatten(0, 1) if features.ndim == 4 else features.detach()
+        rows = rows.double().cpu()
+        self.n, self.total = self.n + len(rows), self.total + rows.sum(0)
+        self.products = self.products + rows.T @ rows
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """mean [C] and covariance [C, C], biased."""
+        mean = self.total / self.n
+        return mean, self.products / self.n - torch.outer(mean, mean)
+
+
+class Layer(nn.Module):
+    """A convolution or linear layer, with the batch normalisation that may follow it, and what comes after.
+
+    Attributes:
+        name: of the convolution or linear layer.
+        linear: the affine part; its output is the feature F^l.
+        rho: the operations without parameters up to the next layer: activation, pooling, flattening.
+    """
+
+    linear: Any
+    rho: Any
+
+    def __init__(self, name: str, linear: nn.Sequential, rho: nn.Sequential) -> None:
+        super().__init__()
+        self.name, self.linear, self.rho = name, linear, rho
+
+
+class Chain(nn.Module):
+    """A network as a chain of layers; `before` is what precedes the first, such as normalisation."""
+
+    layers: Any
+
+    def __init__(self, before: nn.Sequential, layers: Iterable[Layer]) -> None:
+        super().__init__()
+        self.before, self.layers = before, nn.ModuleList(layers)
+
+    def features(self, x: Tensor) -> list[Tensor]:
+        """F^1..F^L, the last of them the logits."""
+        x, found = self.before(x), []
+        for layer in self.layers:
+            x = layer.linear(x)
+            found.append(x)
+            x = layer.rho(x.clone())
+        return found
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(x)[-1]
+
+
+def chain(network: nn.Module, x: Tensor) -> Chain:
+    """A network whose modules, applied in order, are its forward pass, as a chain of layers; weights are shared.
+
+    Args:
+        x: images [B, C, H, W] on which the chain is held against the network.
+
+    Raises:
+        InputError: the forward pass does more, as in a residual network.
+    """
+    before, layers = nn.Sequential(), list[Layer]()
+    for name, module in network.named_modules():
+        if list(module.children()):
+            continue
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            layers.append(Layer(name, nn.Sequential(module), nn.Sequential()))
+        elif not layers:
+            before.append(module)
+        elif any(True for _ in module.parameters()) and not len(layers[-1].rho):
+            layers[-1].linear.append(module)
+        else:
+            layers[-1].rho.append(module)
+    made = Chain(before, layers).train(network.training)
+    try:
+        with still(network):
+            same = torch.allclose(network(x), made(x))
+    except (RuntimeError, TypeError, NotImplementedError):
+        same = False
+    if not same:
+        raise InputError(
+            f"{type(network).__name__} does more in forward than apply its layers in order, so it cannot learn layer "
+            "by layer; use Joint for networks with branches"
+        )
+    return made
+
+
+def without_norms(network: Chain) -> Chain:
+    """A new chain of the same shape whose layers have a bias and no batch normalisation."""
+    layers = []
+    for layer in network.layers:
+        old: Any = layer.linear[0]
+        new: nn.Module
+        if type(old) is nn.Conv2d:
+            size = (old.in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation)
+            new = nn.Conv2d(*size, **{"groups": old.groups, "padding_mode": old.padding_mode})
+        else:
+            new = nn.Linear(old.in_features, old.out_features)
+        layers.append(Layer(layer.name, nn.Sequential(new), copy.deepcopy(layer.rho)))
+    return Chain(copy.deepcopy(network.before), layers)
+
+
+def stack(features: Sequence[list[Tensor]], names: Sequence[str]) -> list[Tensor]:
+    """F^l = [F^l_1; ...; F^l_N] along the channels, for every layer.
+
+    Raises:
+        InputError: numbers of layers or sizes differ; the message names the layer.
+    """
+    numbers = [len(f) for f in features]
+    if set(numbers) != {len(names)}:
+        raise InputError(f"the teachers have {', '.join(map(str, numbers))} layers and the student {len(names)}; equal "
+                         "numbers are needed, or common features for different architectures")  # fmt: skip
+    for name, at in zip(names, zip(*features, strict=True), strict=True):
+        if len({f.shape[2:] for f in at}) > 1:
+            sizes = ", ".join(f"{'x'.join(map(str, f.shape[1:]))} in teacher {t + 1}" for t, f in enumerate(at))
+            raise InputError(f"layer {name!r}: {sizes}; features can be stacked at equal height and width only")
+    return [torch.cat(at, 1) for at in zip(*features, strict=True)]
+
+
+def merge(linear: Any, fam: nn.Module) -> nn.Module:
+    """The layer that gives Phi(conv(x)): W <- A W, b <- A b + a. Exact everywhere, since the 1x1 map comes second."""
+    matrix, offset = affine(fam)
+    merged: Any = copy.deepcopy(linear)
+    weight = torch.einsum("om,m...->o...", matrix, linear.weight.detach().cpu().double())
+    bias = matrix @ linear.bias.detach().cpu().double() + offset
+    _set(merged, weight, bias)
+    return merged
+
+
+def least_squares(layer: nn.Conv2d | nn.Linear, x: Tensor, y: Tensor) -> float:
+    """Set a layer's weights to the minimum of mean ||layer(x) - y||^2, in closed form; returns that minimum.
+
+    Args:
+        layer: without groups, with bias and zero padding.
+        x, y: inputs and wanted outputs, [B, C, H, W] or [B, C].
+    """
+    kind: Any = layer
+    if isinstance(layer, nn.Conv2d):
+        rows = F.unfold(x, kind.kernel_size, kind.dilation, kind.padding, kind.stride)
+        a, b = rows.transpose(1, 2).flatten(0, 1).double(), y.flatten(2).transpose(1, 2).flatten(0, 1).double()
+    else:
+        a, b = x.double(), y.double()
+    a = torch.cat([a, torch.ones_like(a[:, :1])], 1).cpu()
+    b = b.cpu()
+    solution = torch.linalg.lstsq(a, b, driver="gelsd").solution
+    _set(layer, solution[:-1].T, solution[-1])
+    return float((a @ solution - b).square().mean())
+
+
+def _set(layer: Any, weight: Tensor, bias: Tensor) -> None:
+    with torch.no_grad():
+        layer.weight.copy_(weight.reshape(layer.weight.shape))
+        layer.bias.copy_(bias)
+
+
+class Layerwise:
+    """Layer-wise parameter learning: every layer of the student for itself, all of them at once.
+
+    conv_l learns mean ||conv_l(rho_{l-1}(Phi_{l-1}(F_a^{l-1}))) - F_a^l||^2 from the *amalgamated* feature of the
+    layer below; F_a^0 is the image and F_a^L the concatenated logits. Phi, the feature adaptation module, stands in
+    front of rho, because an amalgamated feature lives in a basis of its own, in which a ReLU means nothing.
+
+    Args:
+        teachers: chains of equal shape.
+        student: a chain of that shape without batch normalisation, see :func:`without_norms`.
+        codes: F_a^l of the layers but the last: closed forms, one for each.
+        adapt: whether there is a Phi.
+    """
+
+    data_free: ClassVar[bool] = False
+    PARTS = ("student", "fams", "optimizer", "scaler", "randomness", "steps")
+
+    def __init__(
+        self,
+        teachers: Sequence[Chain],
+        student: Chain,
+        codes: Sequence[Code],
+        images: ImageSet,
+        tasks: Tasks,
+        settings: Settings,
+        runtime: Runtime,
+        *,
+        adapt: bool = True,
+    ) -> None:
+        self.settings, self.runtime, self.tasks, self.n_steps = settings, runtime, tasks, settings.n_steps
+        self.teachers = [freeze(runtime.prepare(teacher)) for teacher in teachers]
+        self.student = runtime.prepare(student).train()
+        self.names = [str(layer.name) for layer in student.layers]
+        self.views = Views(images, settings, runtime, "amalgamation views")
+        self.randomness = self.views.randomness
+        x = runtime.images(images.batch(range(1))[0])
+        must_fit(teachers, student, tasks, x)
+        with still(student):
+            shapes = student.features(x)
+        self.encoders = freeze(runtime.prepare(
+            nn.ModuleList(code.modules(f.ndim)[0] for code, f in zip(codes, shapes[:-1], strict=True))
+        ))  # fmt: skip
+        with torch.no_grad():
+            for name, f, code in zip(self.names, shapes, self.targets(x), strict=True):
+                if f.shape != code.shape:
+                    ours, theirs = ("x".join(map(str, t.shape[1:])) for t in (f, code))
+                    raise InputError(f"layer {name!r}: {ours} in the student, {theirs} amalgamated; they must agree")
+        fams: list[Any] = [adapter(f.shape[1], f.shape[1], f.ndim) if adapt else nn.Identity() for f in shapes[:-1]]
+        for fam in fams if adapt else list[Any]():
+            _set(fam, torch.eye(fam.weight.shape[0]), torch.zeros(fam.weight.shape[0]))
+        self.fams = runtime.prepare(nn.ModuleList(fams)).train()
+        self.optimizer = adam(nn.ModuleList([self.student, self.fams]), settings.lr)
+        self.scaler, self.steps = runtime.scaler(), 0
+
+    def targets(self, x: Tensor) -> list[Tensor]:
+        """F_a^1..F_a^{L-1} of images x, and the union of the teachers' logits."""
+        found = [teacher.features(x) for teacher in self.teachers]
+        stacked = stack([f[:-1] for f in found], self.names[:-1])
+        codes = [encode(f) for encode, f in zip(self.encoders, stacked, strict=True)]
+        return [*codes, union([f[-1] for f in found], self.tasks, centre=self.settings.centre)]
+
+    def errors(self, x: Tensor) -> list[Tensor]:
+        """L_B of each layer on images x."""
+        with torch.no_grad():
+            codes = self.targets(x)
+        below, errors = self.student.before(x), []
+        for i, layer in enumerate(self.student.layers):
+            errors.append(F.mse_loss(layer.linear(below).to(self.runtime.dtype), codes[i].to(self.runtime.dtype)))
+            if i < len(self.fams):
+                below = layer.rho(self.fams[i](codes[i].clone()))
+        return errors
+
+    def step(self) -> dict[str, Tensor]:
+        """One update of every layer and every Phi; returns {"L_B NAME": ...} per layer, detached."""
+        set_lr(self.optimizer, self.settings.lr * cosine(self.steps, self.n_steps))
+        with self.runtime.autocast():
+            errors = self.errors(self.views.batch(self.steps))
+        update(self.optimizer, torch.stack(errors).sum(), self.scaler)
+        self.steps += 1
+        return {f"L_B {name}": error.detach() for name, error in zip(self.names, errors, strict=True)}
+
+    def adapted(self, x: Tensor) -> Tensor:
+        """The student's logits with the modules Phi in place: what :meth:`merged` must reproduce."""
+        x = self.student.before(x)
+        for i, layer in enumerate(self.student.layers):
+            x = layer.linear(x)
+            x = layer.rho(self.fams[i](x)) if i < len(self.fams) else x
+        return x
+
+    def merged(self) -> Chain:
+        """A copy of the student whose layers have absorbed the modules Phi: ready for joint learning."""
+        student = copy.deepcopy(self.student)
+        for layer, fam in zip(student.layers, self.fams, strict=False):
+            if not isinstance(fam, nn.Identity):
+                layer.linear[0] = merge(layer.linear[0], fam)
+        return student
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :class:`dfkd_lib.fit.Method`."""
+        return state_of(self, self.PARTS)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See :class:`dfkd_lib.fit.Method`."""
+        restore_state(self, self.PARTS, state)
+
+
+def moments(teachers: Sequence[Chain], images: ImageSet, runtime: Runtime, batch_size: int = 250) -> list[Moments]:
+    """Moments of the stacked features of every layer but the last: one pass over the images.
+
+    Raises:
+        InputError: the teachers' shapes differ; the message names the layer.
+    """
+    names = [str(layer.name) for layer in teachers[0].layers][:-1]
+    gathered = [Moments() for _ in names]
+    with torch.no_grad():
+        for x, _ in images.batches(batch_size):
+            found = [teacher.features(runtime.images(x))[:-1] for teacher in teachers]
+            for moment, f in zip(gathered, stack(found, names), strict=True):
+                moment.add(f)
+    return gathered
+
+
+class Joint(FeatureTerm):
+    """The authors' engine in one stage: at every place, the student's features imitate the compact ones.
+
+    The terms: "amalgamation", sum_l mean ||fam_l(f_s^l) - sg[enc_l(F^l)]||^2, where sg keeps the encoder from
+    collapsing to please the student, and "reconstruction", sum_l sum_t mean ||F~_t^l - F_t^l||^2, which alone shapes
+    the encoder. fam maps the student to the code here: the opposite of Phi in :class:`Layerwise`.
+
+    Args:
+        channels: for each place, those of the student and of each teacher; the code is as wide as the student.
+        ndims: 4 for feature maps, 2 for vectors, for each place.
+    """
+
+    def __init__(
+        self,
+        places: Sequence[Sequence[str]],
+        channels: Sequence[Sequence[int]],
+        ndims: Sequence[int],
+        *,
+        amalgamation: float = 1.0,
+        reconstruction: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.places = places
+        self.weights = {"amalgamation": amalgamation, "reconstruction": reconstruction}
+        at = [(width, sum(theirs), ndim) for (width, *theirs), ndim in zip(channels, ndims, strict=True)]
+        self.enc = nn.ModuleList(adapter(total, width, ndim) for width, total, ndim in at)
+        self.dec = nn.ModuleList(adapter(width, total, ndim) for width, total, ndim in at)
+        self.fam = nn.ModuleList(adapter(width, width, ndim) for width, _, ndim in at)
+
+    @classmethod
+    def between(
+        cls,
+        teachers: Sequence[nn.Module],
+        student: nn.Module,
+        *,
+        places: Sequence[str],
+        x: Tensor,
+        amalgamation: float = 1.0,
+        reconstruction: float = 1.0,
+    ) -> Joint:
+        """The term for networks that have modules of the same names and features of the same height and width.
+
+        Args:
+            places: module names, such as those of all convolutions.
+            x: images on which the shapes are seen.
+
+        Raises:
+            InputError: no such module, or sizes that differ; the message names the place.
+        """
+        found = []
+        for network in (student, *teachers):
+            with still(network):
+                found.append(look(network, x, places)[1])
+        for name, at in zip(places, zip(*found, strict=True), strict=True):
+            if len({f.shape[2:] for f in at}) > 1:
+                sizes = [f"{'x'.join(map(str, f.shape[1:]))} in {'the student' if i == 0 else f'teacher {i}'}"
+                         for i, f in enumerate(at)]  # fmt: skip
+                raise InputError(
+                    f"layer {name!r}: {', '.join(sizes)}; features can be stacked at equal height and width only"
+                )
+        channels = [[f.shape[1] for f in at] for at in zip(*found, strict=True)]
+        return cls([list(places)] * len(found), channels, [f.ndim for f in found[0]],
+                   amalgamation=amalgamation, reconstruction=reconstruction)  # fmt: skip
+
+    def forward(self, f_s: list[Tensor], f_t: list[list[Tensor]]) -> dict[str, Tensor]:
+        imitation, rebuilding = [], []
+        for i, (ours, *theirs) in enumerate(zip(f_s, *f_t, strict=True)):
+            code = self.enc[i](torch.cat(theirs, 1))
+            guesses = self.dec[i](code).split([f.shape[1] for f in theirs], 1)
+            imitation.append(F.mse_loss(self.fam[i](ours), code.detach()))
+            rebuilding += [F.mse_loss(guess, f) for guess, f in zip(guesses, theirs, strict=True)]
+        return {"amalgamation": torch.stack(imitation).sum(), "reconstruction": torch.stack(rebuilding).sum()}

@@ -1,0 +1,203 @@
+"""Customizing Student Networks From Heterogeneous Teachers via Adaptive Knowledge Amalgamation, arXiv 1908.07121.
+
+From a pool of networks whose classes overlap with what a user wants, a student for exactly the wanted tasks is made in
+two steps. For each task, the sources that know it become one *component* net, which learns every unlabelled image
+from the one source that is least ambiguous about it; then the components become the *target* net. Features are
+compared through 1x1 bridges that are thrown away.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data import ImageSet
+from ..errors import InputError
+from ..models.adapters import adapter, still
+from ..runtime import Runtime
+from ..schedules import cosine
+from .amalgamation import Settings, Views, descend, least_ambiguous, look, predict
+from .players import adam, freeze, restore_state, state_of
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network to learn from.
+
+    Attributes:
+        network: trained; images -> logits.
+        outputs: which of its outputs count, in the order of the task's classes.
+        heads: which of the student's outputs learn from them; () stands for all.
+        rows: int64, the images that are learned from it; None for all.
+    """
+
+    network: nn.Module
+    outputs: Sequence[int]
+    heads: Sequence[int] = ()
+    rows: Tensor | None = field(default=None, compare=False)
+
+
+def select(sources: Sequence[Source], images: ImageSet, runtime: Runtime) -> Tensor:
+    """t*(x) of every image, as it is and without label: int64 [N], see :func:`amalgamation.least_ambiguous`.
+
+    Only the wanted outputs enter. Done once, before the component learns.
+    """
+    logits = [predict(source.network, images, runtime)[:, list(source.outputs)] for source in sources]
+    return least_ambiguous(logits)
+
+
+def split(sources: Sequence[Source], chosen: Tensor) -> list[Source]:
+    """Each source with the images that are its own; a source without any is left out."""
+    rows = [(chosen == t).nonzero()[:, 0].cpu() for t in range(len(sources))]
+    return [Source(s.network, s.outputs, s.heads, own) for s, own in zip(sources, rows, strict=True) if len(own)]
+
+
+def batch_sizes(sizes: Sequence[int], batch_size: int) -> list[int]:
+    """Shares of a batch in proportion to the sizes, 2 or more each, which batch normalisation needs."""
+    return [max(2, round(batch_size * size / sum(sizes))) for size in sizes]
+
+
+def unit_norm(bridge: nn.Module) -> Tensor:
+    """1/m sum_o (sum_i w_oi^2 - 1)^2: 0 where every filter has unit length, and 1 at the zero bridge.
+
+    With bridges on both sides and nothing else, the feature loss is least where both are zero; this excludes it.
+    """
+    weight: Any = bridge.weight
+    return (weight.flatten(1).square().sum(1) - 1).square().mean()
+
+
+class Bridges(nn.Module):
+    """The 1x1 maps between one source and the student, and the scale mu of the student's logits.
+
+    Args:
+        ours, theirs: channels of the student's and of the source's features at each place.
+        two_sided: both map to half of the source's width; otherwise the student's side maps to the source's own.
+    """
+
+    def __init__(self, ours: Sequence[int], theirs: Sequence[int], *, two_sided: bool) -> None:
+        super().__init__()
+        width = [c // 2 if two_sided else c for c in theirs]
+        self.student = nn.ModuleList(adapter(c, m, 4) for c, m in zip(ours, width, strict=True))
+        pairs = zip(theirs, width, strict=True) if two_sided else ()
+        self.source = nn.ModuleList(adapter(c, m, 4) for c, m in pairs)
+        self.mu = nn.Parameter(torch.ones(()))
+
+    def forward(self, f_s: list[Tensor], f_t: list[Tensor]) -> Tensor:
+        """sum_k mean ||beta^s_k(f_s^k) - beta^src_k(f_t^k)||^2."""
+        theirs = [b(f) for b, f in zip(self.source, f_t, strict=True)] if len(self.source) else f_t
+        return torch.stack(
+            [F.mse_loss(b(f), t) for b, f, t in zip(self.student, f_s, theirs, strict=True)] or [self.mu.new_zeros(())]
+        ).sum()
+
+    def norm(self) -> Tensor:
+        """The penalty of all bridges on the source's side."""
+        return torch.stack([unit_norm(b) for b in self.source] or [self.mu.new_zeros(())]).sum()
+
+
+class Adaptive:
+    """One student regresses the features and logits of several sources: either stage of the amalgamation.
+
+    Component: each source has its own images, `two_sided` bridges and the norm penalty. Target: the sources are
+    component nets, each has its own head of the student and all images, and the bridges are one-sided.
+
+    Args:
+        places: modules whose outputs [B, C, H, W] are compared, taken before an activation: of the student, and of
+            each source. Without places, logits alone are.
+        norm: weight of the norm penalty.
+    """
+
+    data_free: ClassVar[bool] = False
+    PARTS = ("student", "bridges", "optimizer", "bridge_optimizer", "scaler", "steps")
+
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        student: nn.Module,
+        images: ImageSet,
+        settings: Settings,
+        runtime: Runtime,
+        *,
+        places: Sequence[Sequence[str]] = (),
+        two_sided: bool,
+        norm: float = 1.0,
+    ) -> None:
+        self.settings, self.runtime, self.n_steps, self.norm = settings, runtime, settings.n_steps, norm
+        self.sources = sources
+        self.networks = [freeze(runtime.prepare(source.network)) for source in sources]
+        self.student = runtime.prepare(student).train()
+        self.places = [list(at) for at in places] or [[] for _ in range(len(sources) + 1)]
+        if len(self.places) != len(sources) + 1:
+            raise InputError(f"{len(sources)} sources and a student need {len(sources) + 1} lists of places")
+        own = [images if source.rows is None else images.take(source.rows) for source in sources]
+        sizes = batch_sizes([len(part) for part in own], settings.batch_size)
+        self.views = [Views(part, settings, runtime, f"source {t} views", n)
+                      for t, (part, n) in enumerate(zip(own, sizes, strict=True))]  # fmt: skip
+        for t, view in enumerate(self.views):
+            setattr(self, f"randomness_{t}", view.randomness)
+        self.parts = (*self.PARTS, *(f"randomness_{t}" for t in range(len(sources))))
+        channels = self._channels(runtime.images(images.batch(range(2))[0]))
+        self.bridges = nn.ModuleList(Bridges(channels[0], c, two_sided=two_sided) for c in channels[1:])
+        self.bridges = runtime.prepare(self.bridges).train()
+        self.optimizer, self.bridge_optimizer = adam(self.student, settings.lr), adam(self.bridges, settings.lr_term)
+        self.scaler, self.steps = runtime.scaler(), 0
+
+    def _channels(self, x: Tensor) -> list[list[int]]:
+        """Channels at the places of all networks, the student first."""
+        shapes = []
+        for i, (network, at) in enumerate(zip([self.student, *self.networks], self.places, strict=True)):
+            with still(network):
+                z, features = look(network, x, at)
+            name = "the student" if i == 0 else f"source {i}"
+            heads = [s.heads or range(len(s.outputs)) for s in self.sources]
+            wanted = max(itertools.chain(*heads)) if i == 0 else max(self.sources[i - 1].outputs)
+            if z.ndim != 2 or wanted >= z.shape[1]:
+                raise InputError(
+                    f"{name} gives {'x'.join(map(str, z.shape[1:]))} outputs; output {wanted} is asked of it"
+                )
+            shapes.append([f.shape for f in features])
+        for i, found in enumerate(shapes[1:], 1):
+            for place, ours, theirs in zip(self.places[0], shapes[0], found, strict=True):
+                if len(ours) != 4 or ours[2:] != theirs[2:]:
+                    sizes = ["x".join(map(str, shape[1:])) for shape in (ours, theirs)]
+                    raise InputError(f"place {place!r}: {sizes[0]} in the student, {sizes[1]} in source {i}; bridges "
+                                     "need feature maps of equal height and width")  # fmt: skip
+        return [[shape[1] for shape in found] for found in shapes]
+
+    def step(self) -> dict[str, Tensor]:
+        """One update from a batch of every source; returns {"features", "logits", "norm"}, detached."""
+        dtype = self.runtime.dtype
+        features, logits, norms = [], [], []
+        for t, (source, view) in enumerate(zip(self.sources, self.views, strict=True)):
+            x, bridges = view.batch(self.steps), self.bridges[t]
+            with self.runtime.autocast():
+                with torch.no_grad():
+                    z, f_t = look(self.networks[t], x, self.places[t + 1])
+                s, f_s = look(self.student, x, self.places[0])
+                features.append(bridges(f_s, f_t))
+            s = s.to(dtype)[:, list(source.heads)] if source.heads else s.to(dtype)
+            logits.append(F.mse_loss(bridges.mu * s, z.to(dtype)[:, list(source.outputs)]))  # type: ignore[operator]
+            norms.append(bridges.norm())  # type: ignore[operator]
+        terms = {
+            name: torch.stack(parts).sum()
+            for name, parts in (("features", features), ("logits", logits), ("norm", norms))
+        }
+        loss = terms["features"] + terms["logits"] + self.norm * terms["norm"]
+        fall = cosine(self.steps, self.n_steps)
+        rates = [(self.optimizer, fall * self.settings.lr), (self.bridge_optimizer, fall * self.settings.lr_term)]
+        descend(loss, rates, self.scaler)
+        self.steps += 1
+        return {name: value.detach() for name, value in terms.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :class:`dfkd_lib.fit.Method`."""
+        return state_of(self, self.parts)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See :class:`dfkd_lib.fit.Method`."""
+        restore_state(self, self.parts, state)
