@@ -136,9 +136,14 @@ def least_ambiguous(logits: Sequence[Tensor]) -> Tensor:
 
 
 def best_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The temperature in [0.1, 10] at which a classifier's own labelled images are likeliest."""
+    """The temperature in [0.1, 10] at which a classifier's own labelled images are likeliest.
+
+    The labels are smoothed by C / (N + C), as Platt does: a classifier that makes no error on few images would
+    otherwise be driven to the lowest temperature, whatever it is.
+    """
+    n, c = logits.shape
     grid = torch.logspace(-1, 1, 201, dtype=torch.float64).tolist()
-    losses = [float(cross_entropy(logits.double() / t, labels)) for t in grid]
+    losses = [float(cross_entropy(logits.double() / t, labels, c / (n + c))) for t in grid]
     return grid[losses.index(min(losses))]
 
 

@@ -87,6 +87,26 @@ def incremental(mean: Tensor, covariance: Tensor, sizes: Sequence[int], width: i
     return Code(encode, decode, mean)
 
 
+def learned_errors(features: Tensor, width: int, *, n_steps: int, lr: float, seed: int) -> list[float]:
+    """L_A of an auto-encoder that learns by Adam, as the paper has it, after each step; :func:`pca` is its bound.
+
+    Args:
+        features: stacked, [B, C, H, W] or [B, C]: the whole training set of the auto-encoder.
+        width: C_a.
+    """
+    torch.manual_seed(seed)
+    channels = features.shape[1]
+    enc, dec = (adapter(a, b, features.ndim).to(features) for a, b in ((channels, width), (width, channels)))
+    optimizer, errors = adam(nn.Sequential(enc, dec), lr), []
+    for _ in range(n_steps):
+        loss = F.mse_loss(dec(enc(features)), features)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        errors.append(loss.detach())
+    return torch.stack(errors).tolist()
+
+
 class Moments:
     """Mean and covariance of channel vectors, gathered batch by batch in float64."""
 
@@ -184,13 +204,10 @@ def without_norms(network: Chain) -> Chain:
     """A new chain of the same shape whose layers have a bias and no batch normalisation."""
     layers = []
     for layer in network.layers:
-        old: Any = layer.linear[0]
-        new: nn.Module
-        if type(old) is nn.Conv2d:
-            size = (old.in_channels, old.out_channels, old.kernel_size, old.stride, old.padding, old.dilation)
-            new = nn.Conv2d(*size, **{"groups": old.groups, "padding_mode": old.padding_mode})
-        else:
-            new = nn.Linear(old.in_features, old.out_features)
+        new = copy.deepcopy(layer.linear[0])
+        if new.bias is None:
+            new.bias = nn.Parameter(torch.zeros(len(new.weight)))
+        new.reset_parameters()
         layers.append(Layer(layer.name, nn.Sequential(new), copy.deepcopy(layer.rho)))
     return Chain(copy.deepcopy(network.before), layers)
 
