@@ -460,6 +460,17 @@ def test_without_its_terms_it_is_plain_distillation(float32: Runtime) -> None:
     assert same(state(alone.student), state(zero.student))
 
 
+def test_one_teacher_gives_one_discrepancy_and_one_decoder() -> None:
+    torch.manual_seed(0)
+    term = CommonSpace(["a", "b"], [4, 6], width=4)
+    ours, theirs = torch.rand(8, 4, 3, 3), torch.rand(8, 6, 5, 5)
+    found = term([ours], [[theirs]])
+    h_s, h_t = term.embed([ours, theirs])
+    assert torch.allclose(found["MMD"], mmd2(flat(h_s), flat(h_t)), atol=1e-5)
+    rebuilt = F.mse_loss(term.decode[0](h_t), F.adaptive_avg_pool2d(theirs, 3))
+    assert torch.allclose(found["reconstruction"], rebuilt)
+
+
 def test_reconstruction_does_not_reach_the_student(float32: Runtime) -> None:
     method = common(float32)
     term = method.term

@@ -282,7 +282,6 @@ class Settings:
         batch_size: images per update.
         lr: Adam of the student.
         lr_term: Adam of a feature term's own weights.
-        kd: weight of the soft targets.
         temperature: of the KL divergence; 1 in the authors' code.
         centre: whether the teachers' logits are centred before they are put side by side; the authors do not.
         pad: largest shift of an image in pixels.
@@ -293,7 +292,6 @@ class Settings:
     batch_size: int = 64
     lr: float = 1e-3
     lr_term: float = 1e-3
-    kd: float = 1.0
     temperature: float = 1.0
     centre: bool = True
     pad: int = 0
@@ -375,18 +373,17 @@ class Amalgam:
             s, f_s = look(self.student, x, self.places[0])
             terms = self.term(f_s, [f for _, f in seen]) if self.term is not None else {}
         target = union([z.to(dtype) for z, _ in seen], self.tasks, centre=settings.centre)
-        loss = settings.kd * kl(s.to(dtype), target, settings.temperature)
-        terms = {"soft targets": loss} | terms
+        soft = kl(s.to(dtype), target, settings.temperature)
+        loss, weights = soft, {} if self.term is None else self.term.weights
         for name, value in terms.items():
-            if name != "soft targets" and self.term is not None:
-                loss = loss + self.term.weights[name] * value
+            loss = loss + weights[name] * value
         fall = cosine(self.steps, self.n_steps)
         optimizers = [(self.optimizer, fall * settings.lr)]
         if self.term is not None:
             optimizers.append((self.term_optimizer, fall * settings.lr_term))
         descend(loss, optimizers, self.scaler)
         self.steps += 1
-        return {name: value.detach() for name, value in terms.items()}
+        return {name: value.detach() for name, value in ({"soft targets": soft} | terms).items()}
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`dfkd_lib.fit.Method`."""
