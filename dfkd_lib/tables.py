@@ -126,11 +126,11 @@ def comparison(paper_id: str, experiment: str, runs: Sequence[Record], measure: 
         dataset = str(runs[0]["parameters"].get(table.parameter))
         if (table.experiment, table.measure) != (experiment, measure) or dataset not in table.columns:
             continue
-        column = columns.setdefault(f"{table.source}, {table.columns[dataset]}", {})
         for label, cells in table.rows.items():
             row = table.ours.get(label, label)
             names.setdefault(row, row if row.lower() == label.lower() else f"{row} ({label})")
             if dataset in cells:
+                column = columns.setdefault(f"{table.source}, {table.columns[dataset]}", {})
                 column[row] = _theirs(cells[dataset])
     names |= {row: names.get(row, row) for row, _ in rows}
     return pd.DataFrame(
