@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from . import records
@@ -112,7 +113,7 @@ def distill(
             uint8 or floats in [0, 1] before any normalisation; labels [N]).
         device, precision: see :meth:`dfkd_lib.runtime.Runtime.choose`.
         seed: of all random draws; the global random state is left as it was.
-        out: folder for `student.pt` (a state dict), `record.json` and a checkpoint. The same call with the same
+        out: folder for `student.safetensors` (its weights), `record.json` and a checkpoint. The same call with the same
             folder continues an interrupted run.
         progress: show a live line, on a terminal or in a notebook.
         settings: any setting of the method, such as batch_size=64 or g_steps=10.
@@ -189,8 +190,8 @@ def distill(
     }
     _like(trained.eval(), student)
     if folder:
-        with replace_file(folder / "student.pt") as temporary:
-            torch.save(trained.state_dict(), temporary)
+        with replace_file(folder / "student.safetensors") as temporary:
+            save_model(trained, str(temporary))  # which, unlike save_file, takes weights that are tied
         records.write(folder, record)
     images = fresh["images"][:64].clamp(0, 1).float().cpu()
     return Distilled(trained, agreement, figures, images, budget, run.seconds, run, record)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .data import ImageSet, resized_crop_flip
 from .errors import InputError
-from .evaluation import evaluating
+from .modes import evaluating
 from .runtime import Runtime
 from .taps import logits_and_features
 

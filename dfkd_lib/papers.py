@@ -152,9 +152,9 @@ def judge(claim: Claim, records: Sequence[Record]) -> Verdict:
     """What records that differ by seed alone say of a claim.
 
     Each record gives a margin. The claim holds if the mean margin exceeds 0 by more than its standard error,
-    does not hold if it falls short by more than that, and is undecided in between; a single record decides
-    by its sign. Every piece of the evidence must hold. A record without the metrics does not count; a metric
-    that is null diverged and counts as 0.
+    does not hold if it falls short by more than that, and is undecided in between. A single record decides by its
+    sign, unless the two figures that are compared read the same in print: then it is undecided. Every piece of the
+    evidence must hold. A record without the metrics does not count; a metric that is null diverged and counts as 0.
     """
     if not claim.evidence:
         return Verdict("not tested here", claim.why, 0)
@@ -218,7 +218,8 @@ def _judge(evidence: Evidence, records: Sequence[Record]) -> Verdict:
         return Verdict("not tested here", "no run has these measures", 0)
     mean, sd = spread([_margin(evidence, value) for value in values])
     error = sd / math.sqrt(n)
-    tie = mean == error == 0 and evidence.than and not evidence.at_least
+    tie = n == 1 and evidence.than and not evidence.at_least and _reads_the_same(evidence, values[0])
+    tie = tie or (mean == error == 0 and evidence.than and not evidence.at_least)
     if tie or (error and -error <= mean <= error):
         verdict: Ruling = "undecided"
     else:
@@ -234,6 +235,10 @@ def _margin(evidence: Evidence, value: dict[str, float | None]) -> float:
     if evidence.of:
         margin /= value[evidence.of] or 1.0
     return round(margin - evidence.at_least, 9)
+
+
+def _reads_the_same(evidence: Evidence, value: dict[str, float | None]) -> bool:
+    return len({_amount(key, [value[key]]) for key in evidence.metrics}) == 1
 
 
 def _figures(evidence: Evidence, values: Sequence[dict[str, float | None]]) -> str:

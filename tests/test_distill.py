@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_model
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
@@ -253,8 +254,7 @@ def test_the_record_and_the_student_are_kept_and_read_back(tmp_path):
     assert record["budget"] == result.budget.state_dict()
     assert record["metrics"] == {"distill/fast/agreement": result.agreement}
     assert {key: record[key] for key in result.record} == json.loads(json.dumps(result.record))
-    weights = torch.load(tmp_path / "run" / "student.pt", weights_only=True)
-    student.load_state_dict(weights)
+    load_model(student, tmp_path / "run" / "student.safetensors")
     x = torch.rand(2, *SHAPE)
     assert torch.equal(student.eval()(x), result.student(x))
 

@@ -13,9 +13,9 @@ from torch import nn
 
 from dfkd_lib import distillers
 from dfkd_lib.errors import InputError
-from dfkd_lib.evaluation import evaluating
 from dfkd_lib.fit import fit
 from dfkd_lib.methods.dfad import DFAD
+from dfkd_lib.modes import evaluating
 from dfkd_lib.runtime import Runtime
 
 SHAPE = (1, 8, 8)

@@ -204,3 +204,10 @@ def test_seconds_are_shown_as_seconds_and_their_ratio_as_times() -> None:
     found = verdict(Evidence(slow, 10.0, of=quick), run)
     assert found.verdict == "holds"
     assert found.figures == "CMI 90 s of Fast 4.5 s, a ratio of 20 times, 1 seed"
+
+
+def test_one_run_whose_figures_read_the_same_decides_nothing() -> None:
+    evidence = Evidence("classification/A/accuracy", than="classification/B/accuracy")
+    assert verdict(evidence, record(A=0.28112, B=0.28108)).verdict == "undecided"
+    assert verdict(evidence, record(A=0.2821, B=0.2810)).verdict == "holds"
+    assert verdict(evidence, record(A=0.2810, B=0.2821)).verdict == "does not hold"

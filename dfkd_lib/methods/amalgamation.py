@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,10 +22,9 @@ from torch.optim import Optimizer
 
 from ..data import ImageSet, crop_flip, minibatches
 from ..errors import InputError, unknown
-from ..evaluation import evaluating
 from ..fit import fit
 from ..losses import cross_entropy, kl
-from ..models.adapters import still
+from ..modes import evaluating, still
 from ..runtime import Runtime
 from ..schedules import cosine, set_lr
 from .players import adam, check_positive, freeze, restore_state, state_of
@@ -252,7 +252,7 @@ def look(network: nn.Module, x: Tensor, places: Sequence[str]) -> tuple[Tensor, 
     return logits, [seen[place] for place in places]
 
 
-class FeatureTerm(nn.Module):
+class FeatureTerm(nn.Module, ABC):
     """A loss between the student's features and all teachers', with weights of its own that are thrown away.
 
     Attributes:
@@ -263,6 +263,7 @@ class FeatureTerm(nn.Module):
     places: Sequence[Sequence[str]]
     weights: dict[str, float]
 
+    @abstractmethod
     def forward(self, f_s: list[Tensor], f_t: list[list[Tensor]]) -> dict[str, Tensor]:
         """Terms by name, scalars.
 
@@ -270,7 +271,6 @@ class FeatureTerm(nn.Module):
             f_s: the student's features at its places.
             f_t: of each teacher, its features at its places; without gradient.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

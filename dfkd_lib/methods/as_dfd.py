@@ -11,8 +11,7 @@ paragraph is a reconstruction, as the chapter says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -26,6 +25,7 @@ from ..data.text import SentenceSet, Vocabulary
 from ..errors import InputError, unknown
 from ..losses import kl
 from ..models.text import clipped_update, decayed, layers_of, seed_dropout, word_table
+from ..modes import in_eval_mode
 from ..runtime import Runtime
 from ..schedules import cosine, set_lr
 from .players import adam, check_positive, freeze, no_weight_gradients, restore_state, state_of
@@ -277,17 +277,7 @@ def table_statistics(
     return u.mean(0), u.std(0)
 
 
-@contextmanager
-def in_eval_mode(module: nn.Module) -> Iterator[None]:
-    """Eval mode with gradients; train mode afterwards."""
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train()
-
-
-class TextDistiller:
+class TextDistiller(ABC):
     """A source of sentences and a student that learns the teacher's answers to them.
 
     Args:
@@ -344,9 +334,9 @@ class TextDistiller:
         torch.manual_seed(self.runtime.seed)
         return self.runtime.prepare(nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))).train()
 
+    @abstractmethod
     def construct(self) -> tuple[Sentences, dict[str, Tensor]]:
         """One batch of sentences, without gradient, and what there is to say about making it."""
-        raise NotImplementedError
 
     def step(self) -> dict[str, Tensor]:
         """Make a batch, look at it with the teacher, and let the student learn from it and from earlier ones.

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from ..data import ImageSet
 from ..errors import InputError
-from ..models.adapters import adapter, affine, still
+from ..models.adapters import adapter, affine
+from ..modes import computes_the_same, still
 from ..runtime import Runtime
 from ..schedules import cosine, set_lr
 from .amalgamation import FeatureTerm, Settings, Tasks, Views, look, must_fit, union
@@ -187,12 +188,7 @@ def chain(network: nn.Module, x: Tensor) -> Chain:
         else:
             layers[-1].rho.append(module)
     made = Chain(before, layers).train(network.training)
-    try:
-        with still(network):
-            same = torch.allclose(network(x), made(x))
-    except (RuntimeError, TypeError, NotImplementedError):
-        same = False
-    if not same:
+    if not computes_the_same(network, made, x):
         raise InputError(
             f"{type(network).__name__} does more in forward than apply its layers in order, so it cannot learn layer "
             "by layer; use Joint for networks with branches"

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..data import ImageSet
 from ..errors import InputError
-from ..models.adapters import adapter, still
+from ..models.adapters import adapter
+from ..modes import still
 from ..runtime import Runtime
 from ..schedules import cosine
 from .amalgamation import Settings, Views, descend, least_ambiguous, look, predict

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from .. import models
 from ..budget import Budget
 from ..errors import InputError, unknown
-from ..evaluation import evaluating
 from ..losses import IMITATION, log_compressed, mae
 from ..models.normalize import pixel_statistics
+from ..modes import evaluating
 from ..runtime import Runtime
 from ..schedules import cosine, drops, set_lr
 from .distiller import common_classes

@@ -7,6 +7,7 @@ sees; all else is here, so that no method gets a better student schedule, evalua
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -19,7 +20,7 @@ from ..banks import ImageBank
 from ..budget import Budget
 from ..data import crop_flip
 from ..errors import InputError
-from ..evaluation import evaluating
+from ..modes import evaluating
 from ..runtime import Runtime
 from ..schedules import cosine, set_lr
 from ..taps import Seen, tapped
@@ -52,7 +53,7 @@ class Distillation:
             raise InputError(f"batch_size must be at least 2 (batch normalisation), not {self.batch_size}")
 
 
-class Distiller:
+class Distiller(ABC):
     """A data-free method, one outer iteration per :meth:`step`.
 
     A subclass implements :meth:`synthesize`, :meth:`sample` and :meth:`pictures`, and adds to `PARTS` what it
@@ -105,17 +106,17 @@ class Distiller:
         self.calls = 0
         self.budget = Budget()
 
+    @abstractmethod
     def synthesize(self) -> dict[str, Tensor]:
         """One synthesis call, the student in eval mode and not learning; returns its detached metrics."""
-        raise NotImplementedError
 
+    @abstractmethod
     def sample(self, n: int) -> Tensor:
         """What the student sees next: n images in [0, 1], augmented if the method does so; no gradient."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pictures(self, n: int) -> Tensor:
         """n images to look at, [n, C, H, W] in [0, 1], drawn without touching any random stream."""
-        raise NotImplementedError
 
     @property
     def warming_up(self) -> bool:
@@ -250,9 +251,9 @@ class BankDistiller(Distiller):
         return newest[at].float().div_(255)
 
     @property
+    @abstractmethod
     def newest_call(self) -> int:
         """How many images one synthesis call stores."""
-        raise NotImplementedError
 
 
 def common_classes(teacher: nn.Module, student: nn.Module, image_shape: Sequence[int], runtime: Runtime) -> int:

@@ -15,6 +15,7 @@ import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +27,8 @@ from ..data import ImageSet, crop_flip, minibatches
 from ..errors import InputError, unknown
 from ..fit import fit
 from ..losses import cross_entropy, kl
-from ..models.adapters import absorb, adapter, affine, compose, still
+from ..models.adapters import absorb, adapter, affine, compose
+from ..modes import computes_the_same, still
 from ..runtime import Runtime
 from .players import check_positive, freeze, restore_state, state_of, update
 
@@ -121,12 +123,7 @@ def cut(network: nn.Module, at: Sequence[str], x: Tensor) -> Blocks:
         [*blocks.values()][-1].append(module)  # type: ignore[operator]
     for block in blocks.values():
         block.training = network.training
-    try:
-        with still(network):
-            same = torch.allclose(network(x), chain([*blocks.values()], x))
-    except (RuntimeError, TypeError, NotImplementedError):
-        same = False
-    if not same:
+    if not computes_the_same(network, partial(chain, [*blocks.values()]), x):
         raise InputError(
             f"{type(network).__name__} does more in forward than apply its children in order, so it cannot be cut at "
             f"{', '.join(at)}; give the blocks yourself, a dict from name to module whose first key is {STEM!r}"

@@ -28,7 +28,7 @@ from ..budget import Budget
 from ..data import ImageSet, crop_flip, minibatches
 from ..data.sources import own_path
 from ..errors import InputError, unknown
-from ..evaluation import evaluating
+from ..modes import evaluating
 from ..runtime import Runtime
 from ..schedules import cosine, set_lr
 from .players import adam, check_positive, freeze, no_weight_gradients, restore_state, sgd, state_of, update

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from .. import losses
 from ..errors import InputError, unknown
-from ..evaluation import evaluating
+from ..modes import evaluating
 from ..runtime import Runtime
 from ..schedules import set_lr
 from .generative import GenerativeSettings, GeneratorDistiller, check_weights

@@ -8,14 +8,13 @@ scalar bias is then wrong; :class:`ConvWithBiasMap` carries one that depends on 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
+from ..modes import still
 
 # Without weights, and equal for x and for any affine map of its channels, taken before or after.
 _COMMUTES = (nn.Flatten, nn.AdaptiveAvgPool2d, nn.Identity, nn.Dropout, nn.Dropout2d)
@@ -175,16 +174,3 @@ def absorb(block: nn.Module, matrix: Tensor, bias: Tensor, x: Tensor, *, name: s
             "teacher the same number of channels there"
         )
     return merged[0]
-
-
-@contextmanager
-def still(module: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; every module inside gets back the mode that it had."""
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for m, mode in modes.items():
-            m.training = mode

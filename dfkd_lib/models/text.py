@@ -20,12 +20,12 @@ from .. import checkpoints
 from ..data import minibatches
 from ..data.text import SentenceSet, Vocabulary, transformers_or_error
 from ..errors import DamagedFile, DataUnavailable, InputError, unknown
-from ..evaluation import evaluating
 from ..files import lock, read_json, sha256, write_json
 from ..fit import fit
 from ..locations import cache_root
 from ..losses import cross_entropy
 from ..methods.players import check_positive, freeze, restore_state, state_of
+from ..modes import evaluating
 from ..runtime import Runtime
 from ..schedules import one_cycle
 

@@ -1,0 +1,44 @@
+"""Looking at a network without changing it: eval mode for a while, with gradients or without."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Eval mode, gradients as they are; every module inside gets back the mode that it had."""
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes.items():
+            m.training = mode
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode in inference: what comes out cannot be learnt from."""
+    with in_eval_mode(module), torch.inference_mode():
+        yield
+
+
+@contextmanager
+def still(module: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients: what comes out is an ordinary tensor, and others can learn from it."""
+    with in_eval_mode(module), torch.no_grad():
+        yield
+
+
+def computes_the_same(network: nn.Module, other: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+    """Whether `other`, made of the network's own modules, gives on x what the network gives; False if it cannot run."""
+    try:
+        with still(network):
+            return torch.allclose(network(x), other(x))
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
