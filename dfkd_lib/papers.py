@@ -5,6 +5,7 @@ The facts come from the paper's card, `book/papers/<id>.yml`.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -25,13 +26,15 @@ Record = dict[str, Any]
 Ruling = Literal["holds", "does not hold", "undecided", "not tested here"]
 Cell = tuple[float, float | None] | None
 Item = TypeVar("Item")
+REPEAT = "#*"
 
 
 @dataclass(frozen=True)
 class Evidence:
     """What a run must show: `metric`, less `than` or divided by `of`, is `at_least` a value.
 
-    All three are keys of a record's metrics, `<experiment>/<row>/<measure>`.
+    All three are keys of a record's metrics, `<experiment>/<row>/<measure>`. In a key, `#*` stands for the number of
+    a repeat, such as a draw of images, from #0 on; then each repeat within a run counts by itself.
     """
 
     metric: str
@@ -110,7 +113,7 @@ class Paper:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `n` records say of a claim, with the figures in words."""
+    """What `n` records, or the `n` repeats within them, say of a claim, with the figures in words."""
 
     verdict: Ruling
     figures: str
@@ -151,10 +154,11 @@ def published(paper_id: str, table: str, dataset: str) -> pd.DataFrame:
 def judge(claim: Claim, records: Sequence[Record]) -> Verdict:
     """What records that differ by seed alone say of a claim.
 
-    Each record gives a margin. The claim holds if the mean margin exceeds 0 by more than its standard error,
-    does not hold if it falls short by more than that, and is undecided in between. A single record decides by its
-    sign, unless the two figures that are compared read the same in print: then it is undecided. Every piece of the
-    evidence must hold. A record without the metrics does not count; a metric that is null diverged and counts as 0.
+    Each record gives a margin, or each of its repeats does where the evidence asks for them. The claim holds if the
+    mean margin exceeds 0 by more than its standard error, does not hold if it falls short by more than that, and is
+    undecided in between. A single margin decides by its sign, unless the two figures that are compared read the same
+    in print: then it is undecided. Every piece of the evidence must hold. A record without the metrics does not
+    count; a metric that is null diverged and counts as 0.
     """
     if not claim.evidence:
         return Verdict("not tested here", claim.why, 0)
@@ -207,12 +211,8 @@ def _named(kind: str, id: str, items: dict[str, Item]) -> Item:
 
 
 def _judge(evidence: Evidence, records: Sequence[Record]) -> Verdict:
-    values = [
-        {key: record["metrics"][key] for key in evidence.metrics}
-        for record in records
-        if record["metrics"].keys() >= set(evidence.metrics)
-        and not (evidence.of and not record["metrics"][evidence.of])
-    ]
+    found = [_repeats(evidence, record["metrics"]) for record in records]
+    values = list(itertools.chain(*found))
     n = len(values)
     if not n:
         return Verdict("not tested here", "no run has these measures", 0)
@@ -224,7 +224,25 @@ def _judge(evidence: Evidence, records: Sequence[Record]) -> Verdict:
         verdict: Ruling = "undecided"
     else:
         verdict = "holds" if mean >= 0 else "does not hold"
-    return Verdict(verdict, f"{_figures(evidence, values)}, {seeds(n)}", n)
+    count = seeds(sum(map(bool, found)))
+    if _has_repeats(evidence):
+        count = f"{n} repeat{'s' * (n != 1)}, {count}"
+    return Verdict(verdict, f"{_figures(evidence, values)}, {count}", n)
+
+
+def _repeats(evidence: Evidence, metrics: dict[str, float | None]) -> list[dict[str, float | None]]:
+    """The figures that the evidence compares, once for a run, or once for each repeat within it."""
+    found: list[dict[str, float | None]] = []
+    for i in itertools.count() if _has_repeats(evidence) else (0,):
+        keys = {key: key.replace(REPEAT, f"#{i}") for key in evidence.metrics}
+        if not metrics.keys() >= set(keys.values()) or (evidence.of and not metrics[keys[evidence.of]]):
+            break
+        found.append({key: metrics[place] for key, place in keys.items()})
+    return found
+
+
+def _has_repeats(evidence: Evidence) -> bool:
+    return any(REPEAT in key for key in evidence.metrics)
 
 
 def _margin(evidence: Evidence, value: dict[str, float | None]) -> float:
@@ -242,7 +260,12 @@ def _reads_the_same(evidence: Evidence, value: dict[str, float | None]) -> bool:
 
 
 def _figures(evidence: Evidence, values: Sequence[dict[str, float | None]]) -> str:
-    texts = {key: f"{key.split('/')[1]} {_amount(key, [v[key] for v in values])}" for key in evidence.metrics}
+    texts = {}
+    for key in evidence.metrics:
+        found = [value[key] for value in values]
+        if _has_repeats(evidence) and REPEAT not in key:  # one figure for all repeats of a run
+            found = list(dict.fromkeys(found))
+        texts[key] = f"{key.split('/')[1].removesuffix(' ' + REPEAT)} {_amount(key, found)}"
     ours = texts[evidence.metric]
     if evidence.than:
         return f"{ours} against {texts[evidence.than]}"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dfkd_lib.runtime import Runtime
 
@@ -39,6 +39,36 @@ def generator(latent_dim: int = 6) -> nn.Module:
         nn.Linear(latent_dim, 4 * 16), nn.Unflatten(1, (4, 4, 4)), nn.Upsample(scale_factor=2),
         nn.Conv2d(4, 1, 3, padding=1), nn.BatchNorm2d(1, affine=False),
     )  # fmt: skip
+
+
+def settled(seed: int = 0, width: int = 8, n_classes: int = 5) -> nn.Module:
+    """A classifier whose batch norm remembers something other than 0 and 1."""
+    torch.manual_seed(seed)
+    network = classifier(width, n_classes)
+    with torch.no_grad():
+        for _ in range(20):
+            network(torch.rand(32, 1, 8, 8))
+    return network
+
+
+def snapshot(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers as they are now."""
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def parameters_of(module: nn.Module) -> dict[str, Tensor]:
+    """The parameters alone, as they are now."""
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two snapshots agree bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def stream(seed: int = 0) -> torch.Generator:
+    """A stream of random numbers of its own."""
+    return torch.Generator().manual_seed(seed)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import same
 from torch import Tensor, nn
 
 from dfkd_lib.data import ImageSet
@@ -55,10 +56,6 @@ def teachers(seed: int = 0) -> list[nn.Module]:
 
 def state(module: nn.Module) -> dict[str, Tensor]:
     return copy.deepcopy(module.state_dict())
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def x64(n: int = 4) -> Tensor:

@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import same, snapshot
 
 pytest.importorskip("transformers")
 
@@ -41,14 +42,6 @@ def start_of(made):
     start, targets = made.sample_start(), made.sample_targets()
     at = torch.randint(len(made.norms), start.free.shape, generator=made.randomness)
     return start, targets, made.norms[at]
-
-
-def snapshot(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def same(a, b):
-    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_embeddings_of_tokens_give_the_logits_of_tokens(float32):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import classifier
+from conftest import classifier, same, snapshot
 from torch import Tensor, nn
 
 from dfkd_lib import checkpoints, data, diversity, losses, models
@@ -34,14 +34,6 @@ def method(runtime: Runtime, settings: Settings = SMALL, seed: int = 0, teacher:
     torch.manual_seed(seed)
     network, student = classifier(8), classifier(4)
     return CMI(teacher or network, student, (1, 8, 8), settings, runtime)
-
-
-def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 def unit(rows: Tensor) -> Tensor:

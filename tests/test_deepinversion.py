@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import classifier
+from conftest import same, settled, snapshot, stream
 from torch import Tensor, nn
 
 from dfkd_lib import checkpoints, data, losses
@@ -22,30 +22,8 @@ from dfkd_lib.teachers import RECIPES, train_or_load
 SMALL = Settings(batch_size=8, kd_steps=2, synthesis_batch=12, g_steps=4, jitter=1, pad=1, bank_size=30, pixel_mean=0.4)
 
 
-def settled(seed: int = 0, width: int = 8) -> nn.Module:
-    """A classifier whose batch norm remembers something other than 0 and 1."""
-    torch.manual_seed(seed)
-    network = classifier(width)
-    with torch.no_grad():
-        for _ in range(20):
-            network(torch.rand(32, 1, 8, 8))
-    return network
-
-
 def method(runtime: Runtime, settings: Settings = SMALL, seed: int = 0) -> DeepInversion:
     return DeepInversion(settled(seed), settled(seed + 1, 4), (1, 8, 8), settings, runtime)
-
-
-def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return all(torch.equal(a[name], b[name]) for name in a)
-
-
-def stream(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def test_a_roll_permutes_pixels_and_keeps_within_the_jitter():

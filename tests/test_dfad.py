@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import classifier, generator
+from conftest import classifier, generator, parameters_of, same, snapshot
 from torch import nn
 
 from benchmarks.dfad_step import SETTINGS, PlainLoop
@@ -31,18 +31,6 @@ def players(seed: int = 0) -> tuple[nn.Module, nn.Module, nn.Module]:
 
 def game(runtime: Runtime, settings: Settings = SMALL, seed: int = 0) -> DFAD:
     return DFAD(*players(seed), settings, runtime)
-
-
-def snapshot(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(a[name], b[name]) for name in a)
-
-
-def parameters_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in module.named_parameters()}
 
 
 def test_a_student_equal_to_its_teacher_gives_no_gradient(float64):

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import classifier
-from torch import Tensor, nn
+from conftest import classifier, snapshot
+from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 from dfkd_lib import data, losses, models
@@ -28,10 +28,6 @@ def method(runtime: Runtime, student: nn.Module | None = None, **changes: Any) -
     small = {"batch_size": 8, "kd_steps": 2, "latent_dim": 6, "ngf": 4}
     torch.manual_seed(0)
     return DFQ(classifier(8), student or classifier(4), (1, 8, 8), Settings(**(small | changes)), runtime)
-
-
-def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(float64):

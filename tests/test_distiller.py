@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from conftest import classifier
+from conftest import classifier, same, snapshot
 from torch import Tensor, nn
 
 from dfkd_lib import losses
@@ -71,14 +71,6 @@ def noise(runtime: Runtime, plan: Distillation = PLAN, seed: int = 0) -> Noise:
 
 def storing(runtime: Runtime, plan: Distillation = PLAN, seed: int = 0, **bank: Any) -> Storing:
     return Storing(*networks(seed), SHAPE, plan, runtime, **{"bank_size": 10, "pad": 1, "flip": False} | bank)
-
-
-def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # --- one outer iteration ------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import classifier
+from conftest import parameters_of, same, settled, snapshot
 from torch import Tensor, nn
 
 from dfkd_lib import checkpoints, data, losses, models
@@ -29,30 +29,8 @@ SMALL = Settings(
 )  # fmt: skip
 
 
-def settled(seed: int = 0, width: int = 8) -> nn.Module:
-    """A classifier whose batch norm remembers something other than 0 and 1."""
-    torch.manual_seed(seed)
-    network = classifier(width)
-    with torch.no_grad():
-        for _ in range(20):
-            network(torch.rand(32, 1, 8, 8))
-    return network
-
-
 def method(runtime: Runtime, settings: Settings = SMALL, seed: int = 0) -> Fast:
     return Fast(settled(seed), settled(seed + 1, 4), (1, 8, 8), settings, runtime)
-
-
-def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def parameters_of(module: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in module.named_parameters()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 def visits(seed: int, layers: Sequence[nn.Module]) -> list[Seen]:

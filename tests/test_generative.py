@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import classifier
-from torch import Tensor, nn
+from conftest import classifier, same, snapshot
+from torch import Tensor
 
 from dfkd_lib import checkpoints
 from dfkd_lib.errors import InputError
@@ -42,14 +42,6 @@ def method(variant: str, runtime: Runtime, seed: int = 0, **changes: Any) -> Gen
     small = {"batch_size": 8, "kd_steps": 3, "latent_dim": 6, "ngf": 4, "n_updates": 40}
     torch.manual_seed(seed)
     return cls(classifier(8), classifier(4), SHAPE, settings(**(small | own | changes)), runtime)
-
-
-def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 def floats(metrics: dict[str, Tensor]) -> dict[str, float]:

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import same
 from torch import Tensor, nn
 
 from dfkd_lib import data, models
@@ -52,10 +53,6 @@ def pair(runtime: Runtime, seed: int = 0) -> tuple[Blocks, list[Scion], Views]:
 def game(runtime: Runtime, seed: int = 0) -> NetGraft:
     teacher, scions, views = pair(runtime, seed)
     return NetGraft(teacher, scions, views, SMALL, runtime)
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize(

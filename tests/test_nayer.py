@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import classifier
+from conftest import same, settled, snapshot, stream
 from torch import Tensor, nn
 
 from dfkd_lib import checkpoints, data, losses, models
@@ -42,30 +42,8 @@ SMALL = Settings(
 C = 5
 
 
-def settled(seed: int = 0, width: int = 8, n_classes: int = C) -> nn.Module:
-    """A classifier whose batch norm remembers something other than 0 and 1."""
-    torch.manual_seed(seed)
-    network = classifier(width, n_classes)
-    with torch.no_grad():
-        for _ in range(10):
-            network(torch.rand(32, 1, 8, 8))
-    return network
-
-
 def method(runtime: Runtime, settings: Settings = SMALL, seed: int = 0) -> NAYER:
     return NAYER(settled(seed), settled(seed + 1, 4), (1, 8, 8), settings, runtime)
-
-
-def stream(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def snapshot(module: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 def noisy_layers(n_layers: int, d_e: int = 7, d_v: int = 6, seed: int = 0) -> NoisyLayers:

@@ -211,3 +211,28 @@ def test_one_run_whose_figures_read_the_same_decides_nothing() -> None:
     assert verdict(evidence, record(A=0.28112, B=0.28108)).verdict == "undecided"
     assert verdict(evidence, record(A=0.2821, B=0.2810)).verdict == "holds"
     assert verdict(evidence, record(A=0.2810, B=0.2821)).verdict == "does not hold"
+
+
+def test_repeats_within_a_run_count_one_by_one() -> None:
+    ours, theirs = "draws/NetGraft K=1 #*/accuracy", "draws/KD K=1 #*/accuracy"
+    evidence = Evidence(ours, than=theirs)
+
+    def run(*pairs: tuple[float | None, float | None]) -> dict[str, Any]:
+        metrics = {}
+        for i, (a, b) in enumerate(pairs):
+            metrics |= {ours.replace("#*", f"#{i}"): a, theirs.replace("#*", f"#{i}"): b}
+        return {"metrics": metrics}
+
+    clear, mixed = run((0.6, 0.5), (0.55, 0.46), (0.5, 0.39)), run((0.6, 0.5), (0.4, 0.55), (0.5, 0.44))
+    found = verdict(evidence, clear)
+    assert found.verdict == "holds"
+    assert found.figures == "NetGraft K=1 55.0 ± 5.0 % against KD K=1 45.0 ± 5.6 %, 3 repeats, 1 seed"
+    assert verdict(evidence, mixed).verdict == "undecided"
+    assert verdict(evidence, clear, clear).figures.endswith("6 repeats, 2 seeds")
+    unpaired = clear["metrics"] | {"draws/NetGraft K=1 #3/accuracy": 0.0}
+    assert verdict(evidence, {"metrics": unpaired}).n == 3, "a repeat that only one of the two has does not count"
+    assert verdict(evidence, run((None, 0.5), (0.9, 0.5))).verdict == "undecided"
+    against_one = Evidence(ours, 0.9, of="shots/teacher/accuracy")
+    found = verdict(against_one, {"metrics": clear["metrics"] | {"shots/teacher/accuracy": 0.5}})
+    assert found.n == 3 and "of teacher 50.0 %, a ratio of 110.0 ± 10.0 %" in found.figures
+    assert verdict(evidence, {"metrics": {}}).verdict == "not tested here"
