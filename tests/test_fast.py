@@ -142,14 +142,15 @@ def test_reptile_with_one_plain_step_gives_the_gradient_times_its_rate(float64, 
 @pytest.mark.parametrize("meta", META)
 def test_each_call_leaves_the_meta_generator_as_its_mode_says(float32, monkeypatch, meta):
     one = method(float32, replace(SMALL, meta=meta))
-    before, seen_in_call, inner = snapshot(one.generator), [], one.inner_update
+    everything, seen_in_call, inner = snapshot(one.generator), [], one.inner_update
+    before = parameters_of(one.generator)
     starts: list[dict[str, Tensor]] = []
 
     def spy(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
         if not seen_in_call:
             starts.append(parameters_of(one.inner))
         inner(optimizer, loss)
-        seen_in_call.append(same(before, snapshot(one.generator)))
+        seen_in_call.append(same(everything, snapshot(one.generator)))
 
     monkeypatch.setattr(one, "inner_update", spy)
     one.student.eval()
