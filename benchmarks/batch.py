@@ -58,7 +58,8 @@ def write_book(book: Path) -> None:
 
 def measure(folder: Path, workers: int, points: int, rounds: int) -> tuple[float, list[float]]:
     """Points per second once every worker is warm, and the seconds of each point beside its work."""
-    from dfkd_lib import batch, plans, records
+    from dfkd_lib import records
+    from dfkd_lib.reproduction import batch, plans
 
     plan = folder / f"with{workers}.yml"
     seeds = list(range(points + workers))

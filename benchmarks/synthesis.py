@@ -36,8 +36,8 @@ from dfkd_lib.banks import ImageBank
 from dfkd_lib.data import crop_flip, resized_crop_flip
 from dfkd_lib.methods import cmi, fast
 from dfkd_lib.methods.distiller import BankDistiller, Distiller
-from dfkd_lib.methods.players import no_weight_gradients
 from dfkd_lib.runtime import Runtime
+from dfkd_lib.training.players import no_weight_gradients
 
 BATCH, INNER, SHAPE = 128, 3, (3, 32, 32)
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)

@@ -18,17 +18,17 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from . import records
-from .budget import Budget
 from .data import ImageSet
 from .distillers import DataFreeMethod, build, n_calls, settings_for
 from .errors import InputError
-from .evaluation import accuracy
 from .files import lock, replace_file
-from .fit import Fit, fit
+from .measures.evaluation import accuracy
 from .methods.distiller import BankDistiller, common_classes
-from .methods.players import freeze, no_weight_gradients
 from .models import Normalize, count_parameters
 from .runtime import Runtime, hardware
+from .training.budget import Budget
+from .training.fit import Fit, fit
+from .training.players import freeze, no_weight_gradients
 
 _FRESH = 256  # synthetic images on which the networks are compared
 

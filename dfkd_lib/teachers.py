@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoints, models
+from . import models
 from .data import ImageSet, info
 from .errors import DamagedFile, unknown
-from .evaluation import evaluate
 from .files import lock, read_json, sha256, write_json
-from .fit import fit
 from .locations import cache_root
-from .methods.players import freeze
-from .methods.supervised import Recipe, Supervised
+from .measures.evaluation import evaluate
 from .runtime import Runtime
+from .training import checkpoints
+from .training.fit import fit
+from .training.players import freeze
+from .training.supervised import Recipe, Supervised
 
 # Published teachers: 95.5 % ResNet-34 and 94.87 % WRN-40-2 on CIFAR-10, 98.9 % LeNet-5 on MNIST. The authors' own
 # commands fall short of theirs (constant learning rate, or weight decay 1e-4), so the CIFAR recipe is ours.

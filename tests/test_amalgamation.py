@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from dfkd_lib.data import ImageSet
 from dfkd_lib.errors import InputError
-from dfkd_lib.fit import fit
 from dfkd_lib.losses import kl
 from dfkd_lib.methods import amalgamation as ka
 from dfkd_lib.methods import comprehensive, customised
@@ -24,6 +23,7 @@ from dfkd_lib.methods.comprehensive import Joint, Layerwise
 from dfkd_lib.methods.customised import Adaptive, Source
 from dfkd_lib.models import adapters
 from dfkd_lib.runtime import Runtime
+from dfkd_lib.training.fit import fit
 
 TASKS = Tasks.disjoint([2, 3])
 QUICK = Settings(n_steps=4, batch_size=8, pad=1)

@@ -15,11 +15,11 @@ pytest.importorskip("transformers")
 
 from dfkd_lib.data import no_training_data, text
 from dfkd_lib.errors import InputError
-from dfkd_lib.fit import fit
 from dfkd_lib.losses import kl
 from dfkd_lib.methods import as_dfd
 from dfkd_lib.methods.as_dfd import ASDFD, ModifiedZSKD, ModifiedZSKT, RandomText, RealText, Sentences, Settings, look
 from dfkd_lib.models import text as networks
+from dfkd_lib.training.fit import fit
 
 SMALL = Settings(length=12, min_length=5, batch_size=6, craft_steps=4, eta=0.5, lr=1e-3, n_updates=20)
 VOCABULARY = text.digit_vocabulary()

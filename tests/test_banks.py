@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dfkd_lib import checkpoints
 from dfkd_lib.banks import Bank, ImageBank
 from dfkd_lib.errors import InputError
+from dfkd_lib.training import checkpoints
 
 CPU = torch.device("cpu")
 

@@ -19,8 +19,9 @@ import psutil
 import pytest
 import tiny_book
 
-from dfkd_lib import batch, plans, records
-from dfkd_lib.cli import main
+from dfkd_lib import records
+from dfkd_lib.reproduction import batch, plans
+from dfkd_lib.reproduction.cli import main
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals differ")
 

@@ -9,8 +9,8 @@ import pytest
 import tiny_book
 import yaml
 
-from dfkd_lib import book, notebooks
 from dfkd_lib.errors import DFKDError, InputError
+from dfkd_lib.reproduction import notebooks, site
 
 CONFIG = """
 title: Tiny
@@ -34,7 +34,7 @@ PAGE = "from pathlib import Path\nprint('made by', Path.cwd().name)"
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkout with one chapter and one page that is made from code."""
-    for module in (book, notebooks):
+    for module in (site, notebooks):
         monkeypatch.setattr(module, "repository_root", lambda: tmp_path)
     monkeypatch.setenv("DFKD_BOOK", str(tmp_path / "book"))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
@@ -50,7 +50,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_book_is_built_from_what_was_just_run(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    index = book.build("cpu", workers=2, strict=True)
+    index = site.build("cpu", workers=2, strict=True)
     assert index == root / "_build" / "html" / "index.html" and index.is_file()
     out = capsys.readouterr().out
     assert "tiny: toy: done after 5 steps" in out and str(index) in out
@@ -64,18 +64,18 @@ def test_a_book_is_built_from_what_was_just_run(root: Path, capsys: pytest.Captu
 
     record = root / "_build" / "runs" / "tiny-cpu" / "record.json"
     before = record.stat().st_mtime_ns
-    book._run_chapters(root, ["tiny"], "cpu", 2)
+    site._run_chapters(root, ["tiny"], "cpu", 2)
     assert record.stat().st_mtime_ns == before, "an unchanged chapter is not run again"
     chapter = root / "book" / "chapters" / "tiny.ipynb"
     chapter.write_text(chapter.read_text().replace("1.0, ", "2.0, "))
-    book._run_chapters(root, ["tiny"], "cpu", 2)
+    site._run_chapters(root, ["tiny"], "cpu", 2)
     assert record.stat().st_mtime_ns > before, "a changed one is"
 
 
 def test_a_failing_chapter_stops_the_build(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "book/profiles/tiny/gpu.yml").write_text("mode: fail\n")
     with pytest.raises(DFKDError, match="failed: tiny"):
-        book.build("gpu")
+        site.build("gpu")
     out = capsys.readouterr().out
     assert "tiny: dfkd: error: tiny failed: ValueError: the toy broke (see " in out
     assert (root / "_build/runs/tiny-gpu/notebook.partial.ipynb").is_file()
@@ -84,21 +84,21 @@ def test_a_failing_chapter_stops_the_build(root: Path, capsys: pytest.CaptureFix
 
 def test_what_is_wrong_is_said_before_anything_runs(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="unknown profile of tiny 'paper'"):
-        book.build("paper")
+        site.build("paper")
     with pytest.raises(InputError, match="workers"):
-        book.build(workers=0)
+        site.build(workers=0)
     (root / "_toc.yml").write_text(TOC + "  - file: book/chapters/none\n")
     with pytest.raises(DFKDError, match="book/chapters/none"):
-        book.build()
-    monkeypatch.setattr(book, "repository_root", lambda: None)
+        site.build()
+    monkeypatch.setattr(site, "repository_root", lambda: None)
     with pytest.raises(InputError, match="checkout"):
-        book.build()
+        site.build()
     assert not (root / "_build").exists()
 
 
 def test_links_to_the_repository_appear_with_its_address(root: Path) -> None:
     def configuration() -> dict[str, object]:
-        source = book._copy_source(root, root / "_build" / "source")
+        source = site._copy_source(root, root / "_build" / "source")
         return dict(yaml.safe_load((source / "_config.yml").read_text()))
 
     assert configuration().keys().isdisjoint({"repository", "launch_buttons"})
@@ -112,6 +112,6 @@ def test_links_to_the_repository_appear_with_its_address(root: Path) -> None:
 def test_stored_outputs_are_built_with_warnings_as_errors(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (root / "book" / "intro.md").write_text("# A tiny book\n\n[Nowhere](nowhere.md)\n")
     with pytest.raises(DFKDError, match="did not build"):
-        book.build_stored()
+        site.build_stored()
     assert "nowhere.md" in capsys.readouterr().out
     assert not (root / "_build" / "html").exists() and not (root / "_build" / "runs").exists()

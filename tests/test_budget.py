@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dfkd_lib import budget as budgets
-from dfkd_lib import checkpoints
-from dfkd_lib.budget import Budget
+from dfkd_lib.training import budget as budgets
+from dfkd_lib.training import checkpoints
+from dfkd_lib.training.budget import Budget
 
 CPU = torch.device("cpu")
 

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import tiny_book
 
-from dfkd_lib import book
 from dfkd_lib.locations import repository_root
-from dfkd_lib.notebooks import setup_cell, stored_notebooks
-from dfkd_lib.papers import Paper, paper, paper_ids
-from dfkd_lib.parameters import chapters, notebook_path, parameters, profile, profile_note, profiles
+from dfkd_lib.reproduction import site
+from dfkd_lib.reproduction.notebooks import setup_cell, stored_notebooks
+from dfkd_lib.reproduction.papers import Paper, paper, paper_ids
+from dfkd_lib.reproduction.parameters import chapters, notebook_path, parameters, profile, profile_note, profiles
 
 STANDARD = {"profile": "smoke", "seed": 0, "device": "auto", "threads": 0, "out": ""}
 MEGABYTE = 2**20
@@ -79,7 +79,7 @@ def test_profiles_set_what_the_chapter_knows(chapter: str) -> None:
 def test_a_chapter_has_a_place_in_the_book(chapter: str) -> None:
     root = repository_root()
     assert root is not None
-    assert notebook_path(chapter).resolve() in [path.resolve() for path in book.toc_files(root)]
+    assert notebook_path(chapter).resolve() in [path.resolve() for path in site.toc_files(root)]
 
 
 @pytest.mark.parametrize("card", [paper(name) for name in paper_ids()], ids=lambda card: card.id)

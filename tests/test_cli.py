@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import tiny_book
 
-from dfkd_lib.cli import main, parser
+from dfkd_lib.reproduction.cli import main, parser
 
 
 @pytest.fixture(autouse=True)
@@ -260,6 +260,7 @@ def test_completion_knows_commands_chapters_and_profiles(shell: str, capsys: pyt
 
 
 def test_the_command_starts_without_torch_or_dask() -> None:
-    code = "import sys, dfkd_lib.cli as c; c.main(['list']); print({'torch', 'dask', 'pandas'} & set(sys.modules))"
+    heavy = "{'torch', 'dask', 'pandas'}"
+    code = f"import sys; from dfkd_lib.reproduction import cli; cli.main(['list']); print({heavy} & set(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines()[-1] == "set()"

@@ -13,16 +13,18 @@ import torch.nn.functional as F
 from conftest import classifier, same, snapshot
 from torch import Tensor, nn
 
-from dfkd_lib import checkpoints, data, diversity, losses, models
+from dfkd_lib import data, losses, models
 from dfkd_lib.data import resized_crop_flip
 from dfkd_lib.errors import InputError
-from dfkd_lib.evaluation import accuracy
-from dfkd_lib.fit import fit
+from dfkd_lib.measures import diversity
+from dfkd_lib.measures.evaluation import accuracy
 from dfkd_lib.methods.cmi import CMI, MODES, PRESETS, Discriminator, Settings, features, inversion_terms
 from dfkd_lib.methods.inversion import batch_norm_loss
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.taps import batch_norm_layers, tapped
 from dfkd_lib.teachers import RECIPES, train_or_load
+from dfkd_lib.training import checkpoints
+from dfkd_lib.training.fit import fit
 
 SMALL = Settings(
     batch_size=8, kd_steps=2, temperature=4.0, lr_student=0.05, latent_dim=6, ngf=4, synthesis_batch=8, inner_steps=3,

@@ -11,12 +11,12 @@ from conftest import classifier
 
 from dfkd_lib import data, losses, models
 from dfkd_lib.errors import InputError
-from dfkd_lib.evaluation import accuracy
-from dfkd_lib.fit import fit
+from dfkd_lib.measures.evaluation import accuracy
 from dfkd_lib.methods.dafl import DAFL, PRESETS, Settings, generation_loss, generation_terms
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.taps import logits_and_features
 from dfkd_lib.teachers import RECIPES, train_or_load
+from dfkd_lib.training.fit import fit
 
 
 def method(runtime: Runtime, **changes: Any) -> DAFL:

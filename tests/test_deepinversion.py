@@ -11,13 +11,14 @@ import torch
 from conftest import same, settled, snapshot, stream
 from torch import Tensor, nn
 
-from dfkd_lib import checkpoints, data, losses
+from dfkd_lib import data, losses
 from dfkd_lib.errors import InputError
-from dfkd_lib.fit import fit
 from dfkd_lib.methods.deepinversion import PRESETS, DeepInversion, Settings, roll_flip
 from dfkd_lib.methods.inversion import batch_norm_loss
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.teachers import RECIPES, train_or_load
+from dfkd_lib.training import checkpoints
+from dfkd_lib.training.fit import fit
 
 SMALL = Settings(batch_size=8, kd_steps=2, synthesis_batch=12, g_steps=4, jitter=1, pad=1, bank_size=30, pixel_mean=0.4)
 

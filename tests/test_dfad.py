@@ -15,11 +15,11 @@ from benchmarks.dfad_step import SETTINGS, PlainLoop
 from benchmarks.dfad_step import players as benchmark_players
 from dfkd_lib import data, models
 from dfkd_lib.errors import InputError
-from dfkd_lib.evaluation import accuracy
-from dfkd_lib.fit import fit
+from dfkd_lib.measures.evaluation import accuracy
 from dfkd_lib.methods.dfad import DFAD, Settings
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.teachers import RECIPES, train_or_load
+from dfkd_lib.training.fit import fit
 
 SMALL = Settings(latent_dim=6, batch_size=16, k=3, lr_student=0.05)
 

@@ -14,12 +14,12 @@ from torch.distributions import Normal, kl_divergence
 
 from dfkd_lib import data, losses, models
 from dfkd_lib.errors import InputError
-from dfkd_lib.evaluation import accuracy
-from dfkd_lib.fit import fit
+from dfkd_lib.measures.evaluation import accuracy
 from dfkd_lib.methods.dfq import DFQ, PRESETS, Settings, gaussian_batch_norm_loss, generation_loss
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.taps import Seen, batch_norm_layers, tapped
 from dfkd_lib.teachers import RECIPES, train_or_load
+from dfkd_lib.training.fit import fit
 
 TERMS = {"one-hot loss", "balance loss", "bn loss", "adversarial loss"}
 

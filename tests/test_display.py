@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dfkd_lib import plots
-from dfkd_lib.display import percent, show_source, table
 from dfkd_lib.losses import mae
+from dfkd_lib.reproduction import plots
+from dfkd_lib.reproduction.display import percent, show_source, table
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,12 @@ import dfkd_lib
 from dfkd_lib import data, distilling, models, records
 from dfkd_lib.data import ImageSet
 from dfkd_lib.errors import DFKDError, InputError
-from dfkd_lib.evaluation import accuracy
-from dfkd_lib.fit import fit
+from dfkd_lib.measures.evaluation import accuracy
 from dfkd_lib.methods.dfad import DFAD
-from dfkd_lib.methods.supervised import Supervised
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.teachers import RECIPES
+from dfkd_lib.training.fit import fit
+from dfkd_lib.training.supervised import Supervised
 
 SHAPE = (1, 8, 8)
 QUICK = {

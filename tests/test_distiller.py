@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from dfkd_lib import losses
 from dfkd_lib.errors import InputError
-from dfkd_lib.fit import fit
 from dfkd_lib.methods.distiller import BankDistiller, Distillation, Distiller, n_logits
 from dfkd_lib.runtime import Runtime
+from dfkd_lib.training.fit import fit
 
 SHAPE = (1, 8, 8)
 PLAN = Distillation(batch_size=8, kd_steps=3, lr_student=0.05)
@@ -200,7 +200,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(float32, tmp_path, build):
     first = build(float32, plan)
     for _ in range(2):
         first.step()
-    from dfkd_lib import checkpoints
+    from dfkd_lib.training import checkpoints
 
     checkpoints.save(tmp_path / "state", first.state_dict())
     second = build(float32, plan, seed=9)

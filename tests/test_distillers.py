@@ -13,10 +13,10 @@ from torch import nn
 
 from dfkd_lib import distillers
 from dfkd_lib.errors import InputError
-from dfkd_lib.fit import fit
 from dfkd_lib.methods.dfad import DFAD
-from dfkd_lib.modes import evaluating
 from dfkd_lib.runtime import Runtime
+from dfkd_lib.training.fit import fit
+from dfkd_lib.training.modes import evaluating
 
 SHAPE = (1, 8, 8)
 # What makes any method small, as far as the method has it.

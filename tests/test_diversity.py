@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from conftest import classifier
 
 from dfkd_lib.data import ImageSet
-from dfkd_lib.diversity import (
+from dfkd_lib.errors import InputError
+from dfkd_lib.measures.diversity import (
     coverage,
     describe,
     frechet_distance,
@@ -20,7 +21,6 @@ from dfkd_lib.diversity import (
     retrieval_accuracy,
     vendi_score,
 )
-from dfkd_lib.errors import InputError
 
 
 @pytest.fixture

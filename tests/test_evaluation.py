@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_lib.data import ImageSet
-from dfkd_lib.evaluation import accuracy, confusion, evaluate, mean_iou, mean_iou_of
+from dfkd_lib.measures.evaluation import accuracy, confusion, evaluate, mean_iou, mean_iou_of
 from dfkd_lib.runtime import Runtime
 
 

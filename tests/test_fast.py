@@ -12,16 +12,17 @@ import torch
 from conftest import parameters_of, same, settled, snapshot
 from torch import Tensor, nn
 
-from dfkd_lib import checkpoints, data, losses, models
+from dfkd_lib import data, losses, models
 from dfkd_lib.errors import InputError
-from dfkd_lib.evaluation import accuracy
-from dfkd_lib.fit import fit
+from dfkd_lib.measures.evaluation import accuracy
 from dfkd_lib.methods import fast
 from dfkd_lib.methods.fast import META, PRESETS, Fast, Settings, descent, draw_first_layer
 from dfkd_lib.methods.inversion import MomentumStatistics, batch_norm_loss
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.taps import Seen
 from dfkd_lib.teachers import RECIPES, train_or_load
+from dfkd_lib.training import checkpoints
+from dfkd_lib.training.fit import fit
 
 SMALL = Settings(
     batch_size=8, kd_steps=2, latent_dim=6, ngf=4, synthesis_batch=12, g_steps=3, lr_generator=0.01, lr_z=0.02,

@@ -11,12 +11,13 @@ import pytest
 import torch
 from conftest import classifier, generator
 
-from dfkd_lib import checkpoints, files
+from dfkd_lib import files
 from dfkd_lib.data import load
 from dfkd_lib.errors import DamagedFile, DataFreeViolation, DFKDError, NonFiniteLoss
-from dfkd_lib.fit import fit
 from dfkd_lib.methods.dfad import DFAD, Settings
 from dfkd_lib.runtime import Runtime
+from dfkd_lib.training import checkpoints
+from dfkd_lib.training.fit import fit
 
 
 def game(**settings) -> DFAD:

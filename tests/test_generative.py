@@ -12,12 +12,12 @@ import torch
 from conftest import classifier, same, snapshot
 from torch import Tensor
 
-from dfkd_lib import checkpoints
 from dfkd_lib.errors import InputError
-from dfkd_lib.fit import fit
 from dfkd_lib.methods import dafl, dfq, zskt
 from dfkd_lib.methods.generative import GenerativeSettings, GeneratorDistiller
 from dfkd_lib.runtime import Runtime
+from dfkd_lib.training import checkpoints
+from dfkd_lib.training.fit import fit
 
 SHAPE = (1, 8, 8)
 KINDS: dict[str, tuple[type[GeneratorDistiller], type[GenerativeSettings], Any]] = {

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from dfkd_lib import data, models
 from dfkd_lib.data import ImageSet
 from dfkd_lib.errors import InputError
-from dfkd_lib.evaluation import accuracy
-from dfkd_lib.fit import fit
+from dfkd_lib.measures.evaluation import accuracy
 from dfkd_lib.methods import grafting
 from dfkd_lib.methods.grafting import STEM, Blocks, NetGraft, Scion, Settings, Views, Whole, WholeSettings
-from dfkd_lib.methods.supervised import Recipe, Supervised
 from dfkd_lib.models import adapters
 from dfkd_lib.runtime import Runtime
+from dfkd_lib.training.fit import fit
+from dfkd_lib.training.supervised import Recipe, Supervised
 
 CUTS = ["network.stages.1", "network.stages.2", "network.pool"]
 SMALL = Settings(block_steps=(3,), network_steps=3, batch_size=8, lr_block=1e-3, lr_network=1e-3)

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from dfkd_lib import data, models
 from dfkd_lib.errors import InputError
-from dfkd_lib.fit import fit
-from dfkd_lib.image_quality import psnr, ssim
+from dfkd_lib.measures.image_quality import psnr, ssim
 from dfkd_lib.methods import impression
 from dfkd_lib.methods.impression import Decoding, Settings, Template, decode
 from dfkd_lib.methods.inversion import batch_norm_loss
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.taps import batch_norm_layers, tapped
 from dfkd_lib.teachers import RECIPES, train_or_load
+from dfkd_lib.training.fit import fit
 
 ALL_KINDS = ("full", "grid-2", "stat", "gram")
 

@@ -10,7 +10,8 @@ import sys
 import time
 from pathlib import Path
 
-from dfkd_lib import checkpoints, records
+from dfkd_lib import records
+from dfkd_lib.training import checkpoints
 
 COMMAND = [sys.executable, "-m", "dfkd_lib", "run", "dfad"]
 VALUES = {"parts": '["comparison"]', "n_steps": "10", "teacher_epochs": "1", "scratch_epochs": "1"}

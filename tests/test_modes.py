@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dfkd_lib.modes import computes_the_same, evaluating, in_eval_mode, still
+from dfkd_lib.training.modes import computes_the_same, evaluating, in_eval_mode, still
 
 
 def partly_frozen() -> nn.Sequential:

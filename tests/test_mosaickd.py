@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from dfkd_lib import data, losses, models
 from dfkd_lib.errors import DataFreeViolation, InputError
-from dfkd_lib.evaluation import accuracy
-from dfkd_lib.fit import fit
+from dfkd_lib.measures.evaluation import accuracy
 from dfkd_lib.methods import mosaickd
 from dfkd_lib.methods.mosaickd import DataFreeGame, MosaicKD, Settings
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.teachers import RECIPES, train_or_load
+from dfkd_lib.training.fit import fit
 
 SMALL = Settings(latent_dim=6, batch_size=8, kd_steps=3, n_steps=10, pad=1, lr_student=0.05)
 PIXELS = {"mean": [0.3], "std": [0.4]}

@@ -13,10 +13,9 @@ import torch.nn.functional as F
 from conftest import same, settled, snapshot, stream
 from torch import Tensor, nn
 
-from dfkd_lib import checkpoints, data, losses, models
+from dfkd_lib import data, losses, models
 from dfkd_lib.errors import InputError
-from dfkd_lib.evaluation import accuracy
-from dfkd_lib.fit import fit
+from dfkd_lib.measures.evaluation import accuracy
 from dfkd_lib.methods import nayer
 from dfkd_lib.methods.inversion import batch_norm_loss
 from dfkd_lib.methods.nayer import (
@@ -34,6 +33,8 @@ from dfkd_lib.methods.nayer import (
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.taps import tapped
 from dfkd_lib.teachers import RECIPES, train_or_load
+from dfkd_lib.training import checkpoints
+from dfkd_lib.training.fit import fit
 
 SMALL = Settings(
     batch_size=8, kd_steps=2, lr_student=0.05, warmup=2, batches_warmup=3, batches=2, synthesis_batch=13, g_steps=3,

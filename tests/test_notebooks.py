@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import tiny_book
 
-from dfkd_lib import notebooks
 from dfkd_lib.errors import InputError
-from dfkd_lib.notebooks import ChapterFailed
+from dfkd_lib.reproduction import notebooks
+from dfkd_lib.reproduction.notebooks import ChapterFailed
 
 
 @pytest.fixture

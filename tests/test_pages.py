@@ -9,8 +9,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from dfkd_lib import pages, records
+from dfkd_lib import records
 from dfkd_lib.locations import book_root
+from dfkd_lib.reproduction import pages
 
 METRICS = {
     "classification/teacher/accuracy": 0.99,

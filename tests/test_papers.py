@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
-from dfkd_lib import papers
 from dfkd_lib.errors import DamagedFile, InputError
 from dfkd_lib.locations import book_root
-from dfkd_lib.papers import Claim, Evidence, judge
+from dfkd_lib.reproduction import papers
+from dfkd_lib.reproduction.papers import Claim, Evidence, judge
 
 BETTER = Evidence("classification/DFAD/accuracy", than="classification/RANDOM/accuracy")
 RATIO = Evidence("classification/DFAD/accuracy", 0.9, of="classification/teacher/accuracy")

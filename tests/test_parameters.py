@@ -10,9 +10,9 @@ import tiny_book
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dfkd_lib import parameters as ps
 from dfkd_lib.errors import DamagedFile, InputError
-from dfkd_lib.parameters import Parameter
+from dfkd_lib.reproduction import parameters as ps
+from dfkd_lib.reproduction.parameters import Parameter
 
 
 @pytest.fixture

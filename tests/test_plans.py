@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import tiny_book
 
-from dfkd_lib import plans, records
-from dfkd_lib.cli import main
+from dfkd_lib import records
 from dfkd_lib.errors import InputError
 from dfkd_lib.locations import book_root
-from dfkd_lib.parameters import chapters
+from dfkd_lib.reproduction import plans
+from dfkd_lib.reproduction.cli import main
+from dfkd_lib.reproduction.parameters import chapters
 
 OURS = sorted((book_root() / "plans").glob("*.yml"))
 

@@ -11,10 +11,10 @@ from torch import nn
 from dfkd_lib import teachers
 from dfkd_lib.data import ImageSet, load
 from dfkd_lib.errors import InputError
-from dfkd_lib.methods.supervised import Recipe, Supervised
 from dfkd_lib.models import build, count_macs, count_parameters, whiten
 from dfkd_lib.models.quick import QuickNet, Whitening
 from dfkd_lib.teachers import RECIPES, Teacher, recipe, train_or_load
+from dfkd_lib.training.supervised import Recipe, Supervised
 
 TINY = Recipe(epochs=1, batch_size=64, lr=0.05, schedule="one-cycle")
 

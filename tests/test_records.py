@@ -9,10 +9,10 @@ import pytest
 from conftest import classifier, generator
 
 from dfkd_lib import records
-from dfkd_lib.chapter import Chapter
 from dfkd_lib.errors import DamagedFile, DFKDError
 from dfkd_lib.methods.dfad import DFAD, Settings
-from dfkd_lib.parameters import parameters
+from dfkd_lib.reproduction.chapter import Chapter
+from dfkd_lib.reproduction.parameters import parameters
 
 
 def record(**changes) -> dict:
@@ -107,7 +107,7 @@ def test_divergence_is_a_result_only_where_it_is_expected(capsys):
 
 
 def test_one_folder_serves_one_process_at_a_time(tmp_path, monkeypatch):
-    from dfkd_lib import chapter as module
+    from dfkd_lib.reproduction import chapter as module
 
     Chapter("dfad", namespace(out=str(tmp_path)))
     monkeypatch.setattr(module, "FOLDER_PATIENCE", 0.1)

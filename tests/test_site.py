@@ -10,12 +10,12 @@ import pytest
 import yaml
 from browser import PROGRAM, Page, browser, served
 
-from dfkd_lib import book
 from dfkd_lib.locations import repository_root
+from dfkd_lib.reproduction.site import _copy_source, _render, _render_single, toc_files
 
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no Chromium is installed here")
 ROOT = repository_root()
-PAGES = [path.relative_to(ROOT).with_suffix(".html").as_posix() for path in book.toc_files(ROOT)] if ROOT else []
+PAGES = [path.relative_to(ROOT).with_suffix(".html").as_posix() for path in toc_files(ROOT)] if ROOT else []
 ADDRESS = "https://github.com/OWNER/NAME"
 
 
@@ -30,8 +30,8 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = yaml.safe_load((ROOT / "_config.yml").read_text(encoding="utf-8"))
     config["repository"] = {"url": ADDRESS, "branch": "main"}
     (folder / "root" / "_config.yml").write_text(yaml.safe_dump(config))
-    source = book._copy_source(folder / "root", folder / "source")
-    return book._render(source, folder, strict=False).parent
+    source = _copy_source(folder / "root", folder / "source")
+    return _render(source, folder, strict=False).parent
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_the_launch_button_opens_the_chapter(page: Page, name: str) -> None:
 
 
 def test_the_book_in_one_page_needs_nothing_beside_it(site: Path) -> None:
-    single = book._render_single(site.parents[1] / "source", site.parents[1])
+    single = _render_single(site.parents[1] / "source", site.parents[1])
     alone = site.parents[1] / "alone"
     alone.mkdir()
     (alone / "book.html").write_bytes(single.read_bytes())

@@ -14,9 +14,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from dfkd_lib import pages, records, tables
-from dfkd_lib.cli import main
-from dfkd_lib.display import percent
+from dfkd_lib import records
+from dfkd_lib.reproduction import pages, tables
+from dfkd_lib.reproduction.cli import main
+from dfkd_lib.reproduction.display import percent
 
 
 def record(seed: int = 0, *, run: str = "", metrics: Mapping[str, float | None], **changed: Any) -> dict[str, Any]:

@@ -13,9 +13,9 @@ import torch
 from dfkd_lib import teachers
 from dfkd_lib.data import load
 from dfkd_lib.errors import DamagedFile, DFKDError
-from dfkd_lib.methods.supervised import Recipe
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.teachers import Teacher, train_or_load
+from dfkd_lib.training.supervised import Recipe
 
 QUICK = Recipe(epochs=1, batch_size=64, lr=0.05, schedule="one-cycle")
 

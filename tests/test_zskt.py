@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from dfkd_lib import data, losses, models
 from dfkd_lib.errors import InputError
-from dfkd_lib.evaluation import accuracy
-from dfkd_lib.fit import fit
+from dfkd_lib.measures.evaluation import accuracy
 from dfkd_lib.methods.zskt import PRESETS, ZSKT, Settings, attended, attention_loss, clipped_update, generation_loss
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.teachers import RECIPES, train_or_load
+from dfkd_lib.training.fit import fit
 
 
 def method(runtime: Runtime, student: nn.Module | None = None, **changes: Any) -> ZSKT:

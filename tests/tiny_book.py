@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from dfkd_lib.notebooks import setup_cell
+from dfkd_lib.reproduction.notebooks import setup_cell
 
 PARAMETERS = """# a second
 profile = "smoke"

@@ -22,12 +22,12 @@ from torch.optim import Optimizer
 
 from ..data import ImageSet, crop_flip, minibatches
 from ..errors import InputError, unknown
-from ..fit import fit
 from ..losses import cross_entropy, kl
-from ..modes import evaluating, still
 from ..runtime import Runtime
-from ..schedules import cosine, set_lr
-from .players import adam, check_positive, freeze, restore_state, state_of
+from ..training.fit import fit
+from ..training.modes import evaluating, still
+from ..training.players import adam, check_positive, freeze, restore_state, state_of
+from ..training.schedules import cosine, set_lr
 
 
 @dataclass(frozen=True)
@@ -386,11 +386,11 @@ class Amalgam:
         return {name: value.detach() for name, value in ({"soft targets": soft} | terms).items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """See :class:`dfkd_lib.fit.Method`."""
+        """See :class:`dfkd_lib.training.fit.Method`."""
         return state_of(self, self.parts)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`dfkd_lib.fit.Method`."""
+        """See :class:`dfkd_lib.training.fit.Method`."""
         restore_state(self, self.parts, state)
 
 

@@ -19,16 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..budget import Budget
 from ..data import minibatches
 from ..data.text import SentenceSet, Vocabulary
 from ..errors import InputError, unknown
 from ..losses import kl
 from ..models.text import clipped_update, decayed, layers_of, seed_dropout, word_table
-from ..modes import in_eval_mode
 from ..runtime import Runtime
-from ..schedules import cosine, set_lr
-from .players import adam, check_positive, freeze, no_weight_gradients, restore_state, state_of
+from ..training.budget import Budget
+from ..training.modes import in_eval_mode
+from ..training.players import adam, check_positive, freeze, no_weight_gradients, restore_state, state_of
+from ..training.schedules import cosine, set_lr
 
 STARTS = ("gaussian", "tokens")
 STEPS = ("adam", "normalised")
@@ -435,11 +435,11 @@ class TextDistiller(ABC):
         return self.ordinary[at]
 
     def state_dict(self) -> dict[str, Any]:
-        """See :class:`dfkd_lib.fit.Method`."""
+        """See :class:`dfkd_lib.training.fit.Method`."""
         return state_of(self, self.PARTS)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`dfkd_lib.fit.Method`."""
+        """See :class:`dfkd_lib.training.fit.Method`."""
         restore_state(self, self.PARTS, state)
 
 

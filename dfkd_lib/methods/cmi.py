@@ -27,9 +27,9 @@ from ..data import resized_crop_flip
 from ..errors import InputError
 from ..runtime import Runtime
 from ..taps import Seen, batch_norm_layers, tapped
+from ..training.players import adam, check_positive, restore_state, state_of
 from .distiller import BankDistiller, Distillation
 from .inversion import Best, batch_norm_loss
-from .players import adam, check_positive, restore_state, state_of
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..modes import still
+from ..training.modes import still
 from .amalgamation import FeatureTerm, look
 
 WIDTHS = (0.001, 0.01, 0.05, 0.1, 0.2, 1.0, 2.0)

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from ..data import ImageSet
 from ..errors import InputError
 from ..models.adapters import adapter, affine
-from ..modes import computes_the_same, still
 from ..runtime import Runtime
-from ..schedules import cosine, set_lr
+from ..training.modes import computes_the_same, still
+from ..training.players import adam, freeze, restore_state, state_of, update
+from ..training.schedules import cosine, set_lr
 from .amalgamation import FeatureTerm, Settings, Tasks, Views, look, must_fit, union
-from .players import adam, freeze, restore_state, state_of, update
 
 
 @dataclass(frozen=True)
@@ -359,11 +359,11 @@ class Layerwise:
         return student
 
     def state_dict(self) -> dict[str, Any]:
-        """See :class:`dfkd_lib.fit.Method`."""
+        """See :class:`dfkd_lib.training.fit.Method`."""
         return state_of(self, self.PARTS)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`dfkd_lib.fit.Method`."""
+        """See :class:`dfkd_lib.training.fit.Method`."""
         restore_state(self, self.PARTS, state)
 
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from ..data import ImageSet
 from ..errors import InputError
 from ..models.adapters import adapter
-from ..modes import still
 from ..runtime import Runtime
-from ..schedules import cosine
+from ..training.modes import still
+from ..training.players import adam, freeze, restore_state, state_of
+from ..training.schedules import cosine
 from .amalgamation import Settings, Views, descend, least_ambiguous, look, predict
-from .players import adam, freeze, restore_state, state_of
 
 
 @dataclass(frozen=True)
@@ -196,9 +196,9 @@ class Adaptive:
         return {name: value.detach() for name, value in terms.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """See :class:`dfkd_lib.fit.Method`."""
+        """See :class:`dfkd_lib.training.fit.Method`."""
         return state_of(self, self.parts)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`dfkd_lib.fit.Method`."""
+        """See :class:`dfkd_lib.training.fit.Method`."""
         restore_state(self, self.parts, state)

@@ -24,9 +24,9 @@ from .. import losses
 from ..errors import InputError
 from ..runtime import Runtime
 from ..taps import batch_norm_layers
+from ..training.players import adam, check_positive, update
 from .distiller import BankDistiller, Distillation
 from .inversion import Best, batch_norm_loss
-from .players import adam, check_positive, update
 
 
 @dataclass(frozen=True)

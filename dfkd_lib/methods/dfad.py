@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from .. import models
-from ..budget import Budget
 from ..errors import InputError, unknown
 from ..losses import IMITATION, log_compressed, mae
 from ..models.normalize import pixel_statistics
-from ..modes import evaluating
 from ..runtime import Runtime
-from ..schedules import cosine, drops, set_lr
+from ..training.budget import Budget
+from ..training.modes import evaluating
+from ..training.players import adam, check_positive, freeze, no_weight_gradients, restore_state, sgd, state_of, update
+from ..training.schedules import cosine, drops, set_lr
 from .distiller import common_classes
-from .players import adam, check_positive, freeze, no_weight_gradients, restore_state, sgd, state_of, update
 
 
 @dataclass(frozen=True)
@@ -256,11 +256,11 @@ class DFAD:
         return {"images": x.to(self.runtime.dtype), **opinions}
 
     def state_dict(self) -> dict[str, Any]:
-        """See :class:`dfkd_lib.fit.Method`."""
+        """See :class:`dfkd_lib.training.fit.Method`."""
         return state_of(self, self.PARTS)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`dfkd_lib.fit.Method`."""
+        """See :class:`dfkd_lib.training.fit.Method`."""
         restore_state(self, self.PARTS, state)
 
 

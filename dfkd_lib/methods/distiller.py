@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from .. import losses
 from ..banks import ImageBank
-from ..budget import Budget
 from ..data import crop_flip
 from ..errors import InputError
-from ..modes import evaluating
 from ..runtime import Runtime
-from ..schedules import cosine, set_lr
 from ..taps import Seen, tapped
-from .players import check_positive, freeze, no_weight_gradients, restore_state, sgd, state_of, update
+from ..training.budget import Budget
+from ..training.modes import evaluating
+from ..training.players import check_positive, freeze, no_weight_gradients, restore_state, sgd, state_of, update
+from ..training.schedules import cosine, set_lr
 
 
 @dataclass(frozen=True)
@@ -194,11 +194,11 @@ class Distiller(ABC):
         return {"images": x.to(self.runtime.dtype), **opinions}
 
     def state_dict(self) -> dict[str, Any]:
-        """See :class:`dfkd_lib.fit.Method`."""
+        """See :class:`dfkd_lib.training.fit.Method`."""
         return state_of(self, self.PARTS)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`dfkd_lib.fit.Method`."""
+        """See :class:`dfkd_lib.training.fit.Method`."""
         restore_state(self, self.PARTS, state)
 
 

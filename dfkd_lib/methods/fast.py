@@ -25,9 +25,9 @@ from ..data import crop_flip
 from ..errors import InputError, unknown
 from ..runtime import Runtime
 from ..taps import Seen, batch_norm_layers, tapped
+from ..training.players import adam, check_positive
 from .distiller import BankDistiller, Distillation
 from .inversion import Best, MomentumStatistics, batch_norm_loss
-from .players import adam, check_positive
 
 META = ("fomaml", "reptile", "sequential", "reset")
 REPTILE_SCALE = 67.0  # of the authors' code; under Adam nearly without effect

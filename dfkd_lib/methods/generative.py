@@ -14,8 +14,8 @@ from .. import models
 from ..errors import InputError
 from ..models.normalize import pixel_statistics
 from ..runtime import Runtime
+from ..training.players import adam, check_positive, update
 from .distiller import Distillation, Distiller
-from .players import adam, check_positive, update
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ from torch.optim import Adam
 
 from ..data import ImageSet, crop_flip, minibatches
 from ..errors import InputError, unknown
-from ..fit import fit
 from ..losses import cross_entropy, kl
 from ..models.adapters import absorb, adapter, affine, compose
-from ..modes import computes_the_same, still
 from ..runtime import Runtime
-from .players import check_positive, freeze, restore_state, state_of, update
+from ..training.fit import fit
+from ..training.modes import computes_the_same, still
+from ..training.players import check_positive, freeze, restore_state, state_of, update
 
 Blocks = dict[str, nn.Module]
 STEM = "stem"
@@ -376,11 +376,11 @@ class NetGraft:
         return [*self.teacher[: phase.start], *self.scions[phase.start : phase.stop], *self.teacher[phase.stop :]]
 
     def state_dict(self) -> dict[str, Any]:
-        """See :class:`dfkd_lib.fit.Method`."""
+        """See :class:`dfkd_lib.training.fit.Method`."""
         return state_of(self, self.PARTS)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`dfkd_lib.fit.Method`."""
+        """See :class:`dfkd_lib.training.fit.Method`."""
         if state["steps"]:
             self._enter(self._phase_of(state["steps"] - 1)[0])
         restore_state(self, self.PARTS, state)
@@ -493,11 +493,11 @@ class Whole:
         return torch.stack(losses).sum()
 
     def state_dict(self) -> dict[str, Any]:
-        """See :class:`dfkd_lib.fit.Method`."""
+        """See :class:`dfkd_lib.training.fit.Method`."""
         return state_of(self, self.PARTS)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`dfkd_lib.fit.Method`."""
+        """See :class:`dfkd_lib.training.fit.Method`."""
         restore_state(self, self.PARTS, state)
 
 

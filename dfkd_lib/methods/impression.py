@@ -26,9 +26,9 @@ from ..data import ImageSet
 from ..errors import DataUnavailable, InputError, unknown
 from ..models import Normalize
 from ..runtime import Runtime
-from ..schedules import cosine, set_lr
 from ..taps import batch_norm_layers, last_linear, tapped
-from .players import adam, check_positive, freeze, restore_state, state_of, update
+from ..training.players import adam, check_positive, freeze, restore_state, state_of, update
+from ..training.schedules import cosine, set_lr
 
 KINDS = ("full", "grid-N", "stat", "gram")
 SCHEDULES = ("joint", "progressive")
@@ -329,11 +329,11 @@ class Decoding:
         self.images = torch.where(better[:, None, None, None], x, self.images)
 
     def state_dict(self) -> dict[str, Any]:
-        """See :class:`dfkd_lib.fit.Method`."""
+        """See :class:`dfkd_lib.training.fit.Method`."""
         return state_of(self, self.PARTS)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`dfkd_lib.fit.Method`."""
+        """See :class:`dfkd_lib.training.fit.Method`."""
         restore_state(self, self.PARTS, state)
         self.images, self.loss = self.images.to(self.runtime.device), self.loss.to(self.runtime.device)
 

@@ -24,14 +24,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import data, losses
-from ..budget import Budget
 from ..data import ImageSet, crop_flip, minibatches
 from ..data.sources import own_path
 from ..errors import InputError, unknown
-from ..modes import evaluating
 from ..runtime import Runtime
-from ..schedules import cosine, set_lr
-from .players import adam, check_positive, freeze, no_weight_gradients, restore_state, sgd, state_of, update
+from ..training.budget import Budget
+from ..training.modes import evaluating
+from ..training.players import adam, check_positive, freeze, no_weight_gradients, restore_state, sgd, state_of, update
+from ..training.schedules import cosine, set_lr
 
 REDUCTIONS = ("sum", "mean")
 
@@ -366,11 +366,11 @@ class MosaicKD:
         return {"images": x, **opinions}
 
     def state_dict(self) -> dict[str, Any]:
-        """See :class:`dfkd_lib.fit.Method`."""
+        """See :class:`dfkd_lib.training.fit.Method`."""
         return state_of(self, tuple(self.parts))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`dfkd_lib.fit.Method`."""
+        """See :class:`dfkd_lib.training.fit.Method`."""
         restore_state(self, tuple(self.parts), state)
 
 

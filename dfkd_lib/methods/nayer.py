@@ -25,9 +25,9 @@ from .. import losses, models
 from ..errors import InputError, unknown
 from ..runtime import Runtime
 from ..taps import batch_norm_layers, last_linear
+from ..training.players import adam, check_positive, update
 from .distiller import BankDistiller, Distillation
 from .inversion import Best, MomentumStatistics
-from .players import adam, check_positive, update
 
 CODES = ("random", "teacher", "onehot", "onehot-rotated", "clip-gram")
 

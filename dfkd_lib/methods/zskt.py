@@ -23,11 +23,11 @@ from torch.optim import Optimizer
 
 from .. import losses
 from ..errors import InputError, unknown
-from ..modes import evaluating
 from ..runtime import Runtime
-from ..schedules import set_lr
+from ..training.modes import evaluating
+from ..training.players import check_positive
+from ..training.schedules import set_lr
 from .generative import GenerativeSettings, GeneratorDistiller, check_weights
-from .players import check_positive
 
 
 @dataclass(frozen=True)

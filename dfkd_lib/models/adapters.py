@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..modes import still
+from ..training.modes import still
 
 # Without weights, and equal for x and for any affine map of its channels, taken before or after.
 _COMMUTES = (nn.Flatten, nn.AdaptiveAvgPool2d, nn.Identity, nn.Dropout, nn.Dropout2d)

@@ -16,18 +16,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoints
 from ..data import minibatches
 from ..data.text import SentenceSet, Vocabulary, transformers_or_error
 from ..errors import DamagedFile, DataUnavailable, InputError, unknown
 from ..files import lock, read_json, sha256, write_json
-from ..fit import fit
 from ..locations import cache_root
 from ..losses import cross_entropy
-from ..methods.players import check_positive, freeze, restore_state, state_of
-from ..modes import evaluating
 from ..runtime import Runtime
-from ..schedules import one_cycle
+from ..training import checkpoints
+from ..training.fit import fit
+from ..training.modes import evaluating
+from ..training.players import check_positive, freeze, restore_state, state_of
+from ..training.schedules import one_cycle
 
 KEEP = ("first", "spaced", "random")
 
@@ -232,11 +232,11 @@ class FineTuning:
         return torch.where(hidden, self.sentences.vocabulary.mask, ids)
 
     def state_dict(self) -> dict[str, Any]:
-        """See :class:`dfkd_lib.fit.Method`."""
+        """See :class:`dfkd_lib.training.fit.Method`."""
         return state_of(self, self.PARTS)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`dfkd_lib.fit.Method`."""
+        """See :class:`dfkd_lib.training.fit.Method`."""
         restore_state(self, self.PARTS, state)
 
 

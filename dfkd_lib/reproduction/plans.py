@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from . import parameters, records, runs
-from .errors import InputError, unknown
+from .. import records
+from ..errors import InputError, unknown
+from . import parameters, runs
 
 State = Literal["finished", "failed", "unfinished", "to run"]
 FAILED = "failed.json"

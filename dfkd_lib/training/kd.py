@@ -16,8 +16,8 @@ from ..data import ImageSet, crop_flip, minibatches, paired_crop_flip
 from ..errors import unknown
 from ..losses import IMITATION
 from ..runtime import Runtime
-from ..schedules import drops, set_lr
 from .players import check_positive, freeze, restore_state, sgd, state_of, update
+from .schedules import drops, set_lr
 
 
 @dataclass(frozen=True)
@@ -86,9 +86,9 @@ class KD:
         return {"discrepancy": loss.detach()}
 
     def state_dict(self) -> dict[str, Any]:
-        """See :class:`dfkd_lib.fit.Method`."""
+        """See :class:`dfkd_lib.training.fit.Method`."""
         return state_of(self, self.PARTS)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`dfkd_lib.fit.Method`."""
+        """See :class:`dfkd_lib.training.fit.Method`."""
         restore_state(self, self.PARTS, state)

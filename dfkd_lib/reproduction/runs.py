@@ -10,11 +10,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from . import records
-from .errors import DamagedFile, InputError
-from .files import read_json, sha256, write_json
+from .. import records
+from ..errors import DamagedFile, InputError
+from ..files import read_json, sha256, write_json
+from ..training.progress import clock, figures
 from .parameters import notebook_path
-from .progress import clock, figures
 
 LOCK = ".run.lock"
 

@@ -25,12 +25,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from . import plans, records, runs
-from .errors import DFKDError, InputError
-from .files import lock, replace_file, write_json
-from .locations import cache_root
+from .. import records
+from ..errors import DFKDError, InputError
+from ..files import lock, replace_file, write_json
+from ..locations import cache_root
+from ..training.progress import clock
+from . import plans, runs
 from .plans import FAILED, Plan, Point
-from .progress import clock
 
 Now = Literal["waiting", "running", "done", "failed", "not run"]
 Say = Callable[[dict[str, Any]], None]
@@ -227,7 +228,7 @@ def _bring_in(row: Row, outcome: dict[str, Any]) -> None:
 
 
 def _kept_error(folder: Path) -> str:
-    from .files import read_json
+    from ..files import read_json
 
     return str(read_json(folder / FAILED).get("error", "unknown"))
 

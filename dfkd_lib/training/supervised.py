@@ -11,8 +11,8 @@ from ..data import ImageSet, crop_flip, minibatches, paired_crop_flip
 from ..errors import InputError, unknown
 from ..losses import cross_entropy, focal
 from ..runtime import Runtime
-from ..schedules import cosine, drops, one_cycle, set_lr
 from .players import check_positive, restore_state, sgd, state_of, update
+from .schedules import cosine, drops, one_cycle, set_lr
 
 SCHEDULES = ("constant", "milestones", "cosine", "one-cycle")
 
@@ -105,9 +105,9 @@ class Supervised:
         return {"loss": loss.detach()}
 
     def state_dict(self) -> dict[str, Any]:
-        """See :class:`dfkd_lib.fit.Method`."""
+        """See :class:`dfkd_lib.training.fit.Method`."""
         return state_of(self, self.PARTS)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`dfkd_lib.fit.Method`."""
+        """See :class:`dfkd_lib.training.fit.Method`."""
         restore_state(self, self.PARTS, state)

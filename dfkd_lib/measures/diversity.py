@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import ImageSet, resized_crop_flip
-from .errors import InputError
-from .modes import evaluating
-from .runtime import Runtime
-from .taps import logits_and_features
+from ..data import ImageSet, resized_crop_flip
+from ..errors import InputError
+from ..runtime import Runtime
+from ..taps import logits_and_features
+from ..training.modes import evaluating
 
 
 def mean_pairwise_distance(features: Tensor, labels: Tensor | None = None) -> float:

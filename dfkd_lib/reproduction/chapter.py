@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from . import data, records
-from .errors import NonFiniteLoss
-from .files import lock, remove_leftovers, replace_file, write_text
-from .fit import Fit, Method, fit
+from .. import data, records
+from ..errors import NonFiniteLoss
+from ..files import lock, remove_leftovers, replace_file, write_text
+from ..runtime import Runtime, hardware
+from ..training.fit import Fit, Method, fit
 from .parameters import parameters
-from .runtime import Runtime, hardware
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,7 +87,7 @@ class Chapter:
         watch: Callable[[], dict[str, Tensor]] | None = None,
         may_diverge: bool = False,
     ) -> Fit | None:
-        """Run one experiment, see :func:`dfkd_lib.fit.fit`, and note its final and best figures.
+        """Run one experiment, see :func:`dfkd_lib.training.fit.fit`, and note its final and best figures.
 
         Args:
             name: `<experiment>/<row>`, such as "classification/DFAD".

@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from ..data import no_training_data
+from ..errors import DamagedFile, NonFiniteLoss
 from . import checkpoints
-from .data import no_training_data
-from .errors import DamagedFile, NonFiniteLoss
 from .progress import Progress
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import papers, records
+from .. import records
+from . import papers
 from .display import percent
 from .papers import Cell, Claim, Paper, Record, Verdict, judge, paper, paper_ids, seeds
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from .errors import DFKDError, InputError
-from .files import write_text
-from .locations import book_root, repository_root
+from ..errors import DFKDError, InputError
+from ..files import write_text
+from ..locations import book_root, repository_root
 from .parameters import notebook_path, parameters
 
 # The first code cell of every chapter, tagged `setup` and `hide-input`.

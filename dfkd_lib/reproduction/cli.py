@@ -16,9 +16,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from . import __version__
-from .errors import DFKDError, InputError, unknown
-from .locations import book_root, cache_root, data_root
+from .. import __version__
+from ..errors import DFKDError, InputError, unknown
+from ..locations import book_root, cache_root, data_root
+from ..training.progress import clock
 from .parameters import (
     cells,
     chapters,
@@ -30,7 +31,6 @@ from .parameters import (
     profiles,
     read_yaml,
 )
-from .progress import clock
 
 if TYPE_CHECKING:
     from .batch import Summary
@@ -219,7 +219,7 @@ def _with_names(top: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The parser with the names that exist now as choices, and files where files are meant."""
     import shtab
 
-    from .data import names as datasets
+    from ..data import names as datasets
     from .notebooks import stored_notebooks
 
     known = {
@@ -283,8 +283,9 @@ def _run(args: argparse.Namespace) -> None:
 
 def _run_or_resume(args: argparse.Namespace) -> dict[str, Any]:
     """Check everything that can be checked, then run; returns "out" and the record's "metrics"."""
-    from . import records, runs
-    from .files import lock
+    from .. import records
+    from ..files import lock
+    from . import runs
     from .notebooks import execute
 
     given, command = _asked(args), args.command
@@ -345,7 +346,7 @@ def _default_folder(chapter: str, given: dict[str, Any]) -> Path:
 
 def _check_device(chapter: str, given: dict[str, Any]) -> None:
     """Refuse a device or precision that cannot be, before a kernel starts."""
-    from .runtime import Runtime
+    from ..runtime import Runtime
 
     chosen = {name: known.default for name, known in parameters(chapter).items()} | given
     Runtime.choose(chosen.get("device", "auto"), chosen.get("precision", "auto"))
@@ -465,7 +466,8 @@ def _chosen(values: dict[str, Any]) -> tuple[str, str]:
 
 
 def _results(args: argparse.Namespace) -> None:
-    from . import records, tables
+    from .. import records
+    from . import tables
 
     if args.chapter:
         notebook_path(args.chapter)
@@ -511,7 +513,7 @@ def _print_tables(shown: list[Table], form: str) -> None:
 
 
 def _book(args: argparse.Namespace) -> None:
-    from .book import build, build_stored
+    from .site import build, build_stored
 
     if args.stored:
         print(f"the book is at {build_stored(single=args.single)}")
@@ -522,8 +524,8 @@ def _book(args: argparse.Namespace) -> None:
 def _doctor(args: argparse.Namespace) -> None:
     from importlib.metadata import PackageNotFoundError, version
 
-    from . import data
-    from .runtime import Runtime
+    from .. import data
+    from ..runtime import Runtime
 
     found: dict[str, str] = {}
     for name in ("torch", "torchvision", "numpy", "scikit-learn", "papermill", "ipykernel", "jupyter-book", "dask"):
@@ -557,7 +559,7 @@ def _doctor(args: argparse.Namespace) -> None:
 
 
 def _data(args: argparse.Namespace) -> None:
-    from . import data
+    from .. import data
 
     paths = data.prepare(args.dataset)
     if args.json:

@@ -18,10 +18,10 @@ from typing import Any
 
 import yaml
 
+from ..errors import DFKDError, InputError
+from ..files import lock, write_text
+from ..locations import repository_root
 from . import runs
-from .errors import DFKDError, InputError
-from .files import lock, write_text
-from .locations import repository_root
 from .notebooks import execute_file, stripped
 from .parameters import profile as read_profile
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import yaml
 
+from ..errors import DamagedFile, unknown
+from ..locations import book_root
 from . import display
-from .errors import DamagedFile, unknown
-from .locations import book_root
 
 if TYPE_CHECKING:
     import pandas as pd

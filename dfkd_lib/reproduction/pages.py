@@ -10,8 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import parameters, records, tables
-from .locations import repository_root
+from .. import records
+from ..locations import repository_root
+from . import parameters, tables
 from .papers import paper, paper_ids, seeds
 from .tables import at_largest_scale
 from .tables import comparison as comparison  # chapters call it as pages.comparison
@@ -25,13 +26,13 @@ NO_RUNS = "No larger run is committed yet: there are no figures to show."
 
 
 def results() -> HTML:
-    """Our figures beside the published ones: the tables of :func:`dfkd_lib.tables.results`, from the committed runs."""
+    """Our figures beside the published ones: the tables of :func:`.tables.results`, from the committed runs."""
     shown = [table_html(table.frame, table.caption) for table in tables.results(records.committed())]
     return _html(*shown or [_line(NO_RUNS)])
 
 
 def claims() -> HTML:
-    """Each claim of each paper: the tables of :func:`dfkd_lib.tables.claims`, from the committed runs."""
+    """Each claim of each paper: the tables of :func:`dfkd_lib.reproduction.tables.claims`, from the committed runs."""
     found = records.committed()
     shown = [table_html(table.frame, table.caption) for table in tables.claims(found)]
     return _html(*([] if found else [_line(NO_RUNS)]), *shown)
@@ -125,7 +126,7 @@ def distiller_settings() -> HTML:
     """The settings of every data-free method: all published ones, and what each of our scales changes in them."""
     import pandas as pd
 
-    from . import distillers
+    from .. import distillers
 
     rows = []
     for name in distillers.names():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .data import ImageSet
-from .modes import evaluating
-from .runtime import Runtime
+from ..data import ImageSet
+from ..runtime import Runtime
+from ..training.modes import evaluating
 
 
 def accuracy(model: nn.Module, images: ImageSet, runtime: Runtime, batch_size: int = 500) -> float:

@@ -19,9 +19,9 @@ from typing import Any
 
 import yaml
 
-from .errors import DamagedFile, InputError, unknown
-from .files import read_json
-from .locations import book_root
+from ..errors import DamagedFile, InputError, unknown
+from ..files import read_json
+from ..locations import book_root
 
 _NUMBER = r"\s*([-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)?\s*"
 _INTERVAL = re.compile(rf"([\[(]){_NUMBER}\.\.{_NUMBER}([\])])\s*(.*)")

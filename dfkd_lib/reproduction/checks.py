@@ -7,10 +7,10 @@ import subprocess
 import sys
 import time
 
-from .book import build_stored
-from .errors import DFKDError, InputError
-from .locations import repository_root
+from ..errors import DFKDError, InputError
+from ..locations import repository_root
 from .notebooks import stored_notebooks
+from .site import build_stored
 
 _PARALLEL = ["-q", "-n", "2", "--dist", "loadscope"]
 
