@@ -21,6 +21,7 @@ from .errors import InputError, unknown
 from .methods.dfad import DFAD
 from .methods.distiller import Distiller
 from .runtime import Runtime
+from .settings import made, typed
 
 DataFreeMethod = Distiller | DFAD
 
@@ -73,14 +74,13 @@ def settings_for(name: str, *, preset: str = "cifar10", n_updates: int | None = 
     Raises:
         InputError: unknown method, preset or setting, or a value that cannot be.
     """
-    if name not in _ENTRIES:
+    if typed("method", name, str) not in _ENTRIES:
         raise unknown("method", name, _ENTRIES)
-    if preset not in UPDATES:
+    if typed("preset", preset, str) not in UPDATES:
         raise unknown("preset", preset, UPDATES)
-    if n_updates is None:
-        n_updates = UPDATES[preset]
-    if not isinstance(n_updates, int) or n_updates < 1:
-        raise InputError(f"n_updates must be a whole number of at least 1, not {n_updates!r}")
+    n_updates = typed("n_updates", UPDATES[preset] if n_updates is None else n_updates, int)
+    if n_updates < 1:
+        raise InputError(f"n_updates must be at least 1, not {n_updates}")
     entry, module = _ENTRIES[name], _module(name)
     known = [f.name for f in fields(module.Settings) if f.name != "n_updates"]
     for key in settings:
@@ -89,14 +89,11 @@ def settings_for(name: str, *, preset: str = "cifar10", n_updates: int | None = 
         if key in entry.fixed:
             raise InputError(f"{name} has {key} = {entry.fixed[key]!r} by definition; choose method {entry.instead!r}")
     given = ({} if preset == "paper" else module.PRESETS[preset]) | settings | dict(entry.fixed)
-    try:
-        chosen = module.Settings(**given, n_updates=n_updates)
-        per_call = _updates_per_call(chosen)
-        evenly = math.ceil(n_updates / math.ceil(n_updates / per_call))
-        if evenly != per_call:
-            chosen = module.Settings(**given | {_per_call_field(chosen): evenly}, n_updates=n_updates)
-    except TypeError as e:
-        raise InputError(f"a setting of {name} has a value of the wrong type: {e}") from e
+    chosen = made(module.Settings, given | {"n_updates": n_updates})
+    per_call = _updates_per_call(chosen)
+    evenly = math.ceil(n_updates / math.ceil(n_updates / per_call))
+    if evenly != per_call:
+        chosen = made(module.Settings, given | {"n_updates": n_updates, _per_call_field(chosen): evenly})
     if name == "adi" and not chosen.adv > 0:
         raise InputError("adi needs adv above 0; without the term it is method 'deepinversion'")
     return chosen

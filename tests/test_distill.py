@@ -352,7 +352,7 @@ IMAGES, LABELS = torch.zeros(4, *SHAPE, dtype=torch.uint8), torch.zeros(4, dtype
         ({"preset": "digit"}, "unknown preset 'digit'; did you mean 'digits'"),
         ({"learning_rate": 1}, "unknown setting of dfad 'learning_rate'"),
         ({"lr_students": 1}, "did you mean 'lr_student'"),
-        ({"n_updates": 0}, "n_updates must be a whole number of at least 1"),
+        ({"n_updates": 0}, "n_updates must be at least 1, not 0"),
         ({"num_classes": 10}, "num_classes is 10, but the teacher has 5 logits"),
         ({"num_classes": 1}, "num_classes must be a whole number of at least 2"),
         ({"image_shape": (8, 8, 1)}, "give (1, 8, 8)"),

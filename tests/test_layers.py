@@ -10,7 +10,7 @@ import pytest
 
 from dfkd_lib.locations import PACKAGE
 
-GROUND = ["errors", "files", "locations", "runtime"]
+GROUND = ["errors", "files", "locations", "runtime", "settings"]
 TENSORS = ["data", "losses", "taps", "banks"]
 WORK = ["training", "models", "measures"]
 FRONT = ["distilling", "distillers", "teachers"]
@@ -20,6 +20,7 @@ ARROWS = {
     "files": ["errors"],
     "locations": ["errors"],
     "runtime": ["errors"],
+    "settings": ["errors"],
     "data": GROUND,
     "losses": [],
     "taps": ["errors"],
