@@ -11,7 +11,7 @@ from PIL import Image
 
 from dfkd_lib import data
 from dfkd_lib.errors import InputError
-from dfkd_lib.methods.mosaickd import ood_images
+from dfkd_lib.methods.out_of_domain import ood_images
 
 
 @pytest.fixture

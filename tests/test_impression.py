@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from dfkd_lib import data, models
 from dfkd_lib.errors import InputError
 from dfkd_lib.measures.image_quality import psnr, ssim
-from dfkd_lib.methods import impression
+from dfkd_lib.methods import impression, impression_space, impression_stages
 from dfkd_lib.methods.impression import Decoding, Settings, Template, decode
 from dfkd_lib.methods.inversion import batch_norm_loss
+from dfkd_lib.models.imagenet import imagenet_vgg
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.taps import batch_norm_layers, tapped
 from dfkd_lib.teachers import RECIPES, train_or_load
@@ -104,14 +105,14 @@ def test_the_gradient_of_a_linear_stage_paints_its_filters(stride, padding):
     pixels = torch.zeros_like(x, requires_grad=True)
     loss = 0.5 * (F.conv2d(pixels, filters, stride=stride, padding=padding) - t).square().sum()
     (gradient,) = torch.autograd.grad(loss, pixels)
-    assert torch.allclose(gradient, -impression.paint(t, filters, 8, stride=stride, padding=padding), atol=1e-12)
+    assert torch.allclose(gradient, -impression_stages.paint(t, filters, 8, stride=stride, padding=padding), atol=1e-12)
 
 
 def test_landweber_ends_at_the_pseudo_inverse():
     torch.manual_seed(0)
     filters, x = torch.randn(1, 1, 3, 3, dtype=torch.float64), torch.rand(1, 1, 6, 6, dtype=torch.float64)
     t = F.conv2d(x, filters, stride=2, padding=1)
-    iterates = impression.landweber(t, filters, 6, 4000, stride=2)
+    iterates = impression_stages.landweber(t, filters, 6, 4000, stride=2)
     units = torch.eye(36, dtype=torch.float64).view(-1, 1, 6, 6)
     matrix = F.conv2d(units, filters, stride=2, padding=1).flatten(1).T
     exact = (torch.linalg.pinv(matrix) @ t.flatten()).view_as(x)
@@ -145,62 +146,62 @@ def test_decoded_images_are_the_best_iterates_within_range(float32):
 def test_translation_by_nothing_returns_the_source(float64):
     t, x = template(float64), images(dtype=torch.float64)
     own = {name: i.detach() for name, i in t.encode(x).items()}
-    a = impression.mean_impression(t.encode(images(seed=3, dtype=torch.float64)))
-    b = impression.mean_impression(t.encode(images(seed=4, dtype=torch.float64)))
-    for target in (impression.translated(own, a, a), impression.translated(own, a, b, alpha=0)):
+    a = impression_space.mean_impression(t.encode(images(seed=3, dtype=torch.float64)))
+    b = impression_space.mean_impression(t.encode(images(seed=4, dtype=torch.float64)))
+    for target in (impression_space.translated(own, a, a), impression_space.translated(own, a, b, alpha=0)):
         assert torch.equal(decode(t, target, x, Settings(steps=3, tv=0), float64).images, x)
 
 
 def test_translated_targets_stay_where_images_can_be():
     behind_relu, signed = {"": torch.tensor([[0.1, 2.0]])}, {"": torch.tensor([[-0.1, 2.0]])}
     a, b = {"": torch.tensor([[1.0, 0.0]])}, {"": torch.tensor([[0.0, 1.0]])}
-    assert torch.equal(impression.translated(behind_relu, a, b)[""], torch.tensor([[0.0, 3.0]]))
-    assert torch.equal(impression.translated(signed, a, b)[""], torch.tensor([[-1.1, 3.0]]))
+    assert torch.equal(impression_space.translated(behind_relu, a, b)[""], torch.tensor([[0.0, 3.0]]))
+    assert torch.equal(impression_space.translated(signed, a, b)[""], torch.tensor([[-1.1, 3.0]]))
 
 
 def test_interpolation_and_replacement_take_from_both(float32):
     t = template(float32)
     one, other = t.encode(images()), t.encode(images(seed=1))
     for name in t.stages:
-        assert torch.equal(impression.interpolated(one, other, 0.0)[name], one[name])
-        assert torch.allclose(impression.interpolated(one, other, 1.0)[name], other[name])
-    mixed = impression.replaced(one, other, n_shallow=2)
+        assert torch.equal(impression_space.interpolated(one, other, 0.0)[name], one[name])
+        assert torch.allclose(impression_space.interpolated(one, other, 1.0)[name], other[name])
+    mixed = impression_space.replaced(one, other, n_shallow=2)
     assert mixed["2"] is other["2"] and mixed["5"] is other["5"] and mixed[impression.EMBEDDING] is one["embedding"]
 
 
 def test_relations_are_cosines(float64):
     t, x = template(float64), images(6, dtype=torch.float64)
     found = {name: i.detach() for name, i in t.encode(x).items()}
-    centre = impression.mean_impression(found)
-    v = impression.relation_vectors(found, centre)
+    centre = impression_space.mean_impression(found)
+    v = impression_space.relation_vectors(found, centre)
     relations = v @ v.T
     assert torch.allclose(relations, relations.T) and torch.allclose(relations.diagonal(), torch.ones(6).double())
     assert float(relations.abs().max()) <= 1 + 1e-6
     scaled = {**found, "2": centre["2"] + 3 * (found["2"] - centre["2"])}
-    assert torch.allclose(impression.relation_vectors(scaled, centre), v)
+    assert torch.allclose(impression_space.relation_vectors(scaled, centre), v)
     order = torch.randperm(6)
-    w = impression.relation_vectors({name: i[order] for name, i in found.items()}, centre)
+    w = impression_space.relation_vectors({name: i[order] for name, i in found.items()}, centre)
     assert torch.allclose(w @ w.T, relations[order][:, order])
 
 
 def test_a_relation_to_oneself_has_no_gradient_and_to_others_has(float64):
     t, x = template(float64), images(2, dtype=torch.float64)
-    centre = impression.mean_impression(t.encode(images(9, seed=2, dtype=torch.float64)))
+    centre = impression_space.mean_impression(t.encode(images(9, seed=2, dtype=torch.float64)))
     pixels = x.clone().requires_grad_()
-    v = impression.relation_vectors(t.encode(pixels), centre)
+    v = impression_space.relation_vectors(t.encode(pixels), centre)
     (gradient,) = torch.autograd.grad((v * v).sum(), pixels)
     assert float(gradient.abs().max()) < 1e-10
-    seen = impression.similarity_map(t, x, x.flip(0), centre, "stat")
+    seen = impression_space.similarity_map(t, x, x.flip(0), centre, "stat")
     assert seen.shape == (2, 8, 8) and float(seen.min()) >= 0 and float(seen.max()) > 1e-6
 
 
 def test_retrieval_counts_neighbours_of_the_same_class():
     labels = torch.tensor([0, 0, 1, 1])
     apart = torch.tensor([[1.0, 0.9, 0, 0], [0.9, 1, 0, 0], [0, 0, 1, 0.9], [0, 0, 0.9, 1]])
-    assert impression.retrieval_precision(apart, labels, 1) == 1
-    assert impression.retrieval_precision(apart, labels, 3) == pytest.approx(1 / 3)
-    assert impression.retrieval_chance(labels) == pytest.approx(1 / 3)
-    assert torch.allclose(impression.class_relations(apart, labels, 2), torch.tensor([[0.9, 0.0], [0.0, 0.9]]))
+    assert impression_space.retrieval_precision(apart, labels, 1) == 1
+    assert impression_space.retrieval_precision(apart, labels, 3) == pytest.approx(1 / 3)
+    assert impression_space.retrieval_chance(labels) == pytest.approx(1 / 3)
+    assert torch.allclose(impression_space.class_relations(apart, labels, 2), torch.tensor([[0.9, 0.0], [0.0, 0.9]]))
 
 
 def test_batch_norm_statistics_are_the_impression_of_the_data_set(float64):
@@ -213,7 +214,7 @@ def test_batch_norm_statistics_are_the_impression_of_the_data_set(float64):
         for mean, variance in [visit.statistics()]
     )
     assert torch.allclose(batch_norm_loss(seen), by_hand)
-    rows = impression.remembered(t.network, x)
+    rows = impression_space.remembered(t.network, x)
     assert len(rows) == 2 and all(distance > 0 and size > 0 for distance, size in rows)
     squares = [
         float((mean - v.layer.running_mean).square().sum() + (var - v.layer.running_var).square().sum())
@@ -282,11 +283,11 @@ def test_networks_of_the_book_can_be_cut_into_their_stages(float32, name, shape)
     network = models.build(name, n_classes=10, in_channels=channels, mean=[0.5] * channels, std=[0.25] * channels)
     t = Template(network, impression.find_stages(network, shape), float32)
     x = torch.rand(2, *shape)
-    pieces = impression.cut(t, x)
+    pieces = impression_stages.cut(t, x)
     assert len(pieces) == len(t.stages) - 1
     first = t.feature_maps(x, t.stages[:1])[t.stages[0]]
     settings = Settings(kind="full", steps=150, lr=0.05)
-    found = impression.invert_locally(pieces[:1], first, shape, settings)
+    found = impression_stages.invert_locally(pieces[:1], first, shape, settings)
     assert float(psnr(found, x).mean()) > float(psnr(torch.full_like(x, 0.5), x).mean()) + 3
 
 
@@ -301,7 +302,7 @@ def test_a_network_that_is_no_chain_cannot_be_cut(float32):
             return self.relu(z + self.b(z))
 
     with pytest.raises(InputError, match="chain"):
-        impression.cut(Template(Skipping(), ("relu",), float32), images())
+        impression_stages.cut(Template(Skipping(), ("relu",), float32), images())
 
 
 def test_measures_of_image_quality():
@@ -336,20 +337,20 @@ def test_bad_requests_are_named(float32, tmp_path):
     with pytest.raises(InputError, match="no ReLU"):
         impression.find_stages(nn.Sequential(nn.Conv2d(1, 2, 3)), (1, 8, 8))
     with pytest.raises(InputError, match="there is no image"):
-        impression.read_image(str(tmp_path / "none.png"), 8, 3)
+        data.read_image(str(tmp_path / "none.png"), 8, 3)
     with pytest.raises(InputError, match="class 1 has 1"):
-        impression.pick(torch.tensor([0, 0, 1]), 2)
-    with pytest.raises(InputError, match="unknown ImageNet template"):
-        impression.imagenet_template("alexnet")
+        data.pick(torch.tensor([0, 0, 1]), 2)
+    with pytest.raises(InputError, match="unknown ImageNet network"):
+        imagenet_vgg("alexnet")
 
 
 def test_pictures_of_ones_own(tmp_path):
     from PIL import Image
 
     Image.new("RGB", (20, 10), (255, 0, 0)).save(tmp_path / "red.png")
-    red = impression.read_image(str(tmp_path / "red.png"), 6, 3)
+    red = data.read_image(str(tmp_path / "red.png"), 6, 3)
     assert red.shape == (1, 3, 6, 6) and torch.equal(red[0, :, 0, 0], torch.tensor([1.0, 0.0, 0.0]))
-    assert impression.read_image(str(tmp_path / "red.png"), 6, 1).shape == (1, 1, 6, 6)
+    assert data.read_image(str(tmp_path / "red.png"), 6, 1).shape == (1, 1, 6, 6)
 
 
 def test_the_digits_template_remembers_more_than_a_random_one(float32):
@@ -364,7 +365,7 @@ def test_the_digits_template_remembers_more_than_a_random_one(float32):
     torch.manual_seed(0)
     untrained = models.build("digits_cnn", n_classes=10, in_channels=1, mean=about.mean, std=about.std)
     stages = impression.find_stages(trained, (1, 8, 8))
-    x, y = test.batch(impression.pick(test.labels, 2, torch.Generator().manual_seed(0)))
+    x, y = test.batch(data.pick(test.labels, 2, torch.Generator().manual_seed(0)))
     start = images(len(x))
     settings = Settings(kind="full", steps=150)
 
@@ -379,6 +380,6 @@ def test_the_digits_template_remembers_more_than_a_random_one(float32):
     assert recognised >= at_random + 0.1
     t = Template(trained, stages, float32)
     found = t.encode_set(test)
-    v = impression.relation_vectors(found, impression.mean_impression(t.encode_set(train)))
+    v = impression_space.relation_vectors(found, impression_space.mean_impression(t.encode_set(train)))
     assert test.labels is not None
-    assert impression.retrieval_precision(v @ v.T, test.labels, 1) > 0.9
+    assert impression_space.retrieval_precision(v @ v.T, test.labels, 1) > 0.9

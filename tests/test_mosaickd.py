@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dfkd_lib import data, losses, models
 from dfkd_lib.errors import DataFreeViolation, InputError
 from dfkd_lib.measures.evaluation import accuracy
-from dfkd_lib.methods import mosaickd
+from dfkd_lib.methods import mosaickd, out_of_domain
 from dfkd_lib.methods.mosaickd import DataFreeGame, MosaicKD, Settings
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.teachers import RECIPES, train_or_load
@@ -318,40 +318,40 @@ def test_players_that_cannot_play_together_are_refused(float32):
 
 def test_the_least_certain_images_are_kept():
     entropy = torch.tensor([0.1, 2.0, float("nan"), 1.0, 2.0])
-    assert mosaickd.most_uncertain(entropy, 3).tolist() == [1, 3, 4]
-    assert mosaickd.most_uncertain(entropy, 1).tolist() == [1]
-    assert mosaickd.most_uncertain(entropy, 9).tolist() == [0, 1, 2, 3, 4]
-    assert mosaickd.most_uncertain(entropy, 4).tolist() == [0, 1, 3, 4]
+    assert out_of_domain.most_uncertain(entropy, 3).tolist() == [1, 3, 4]
+    assert out_of_domain.most_uncertain(entropy, 1).tolist() == [1]
+    assert out_of_domain.most_uncertain(entropy, 9).tolist() == [0, 1, 2, 3, 4]
+    assert out_of_domain.most_uncertain(entropy, 4).tolist() == [0, 1, 3, 4]
     random = torch.rand(50)
-    kept = mosaickd.most_uncertain(random, 20)
+    kept = out_of_domain.most_uncertain(random, 20)
     left = torch.ones(50, dtype=torch.bool).index_fill(0, kept, False)
     assert random[kept].min() >= random[left].max()
-    assert mosaickd.most_uncertain(random[kept], 20).tolist() == list(range(20))
+    assert out_of_domain.most_uncertain(random[kept], 20).tolist() == list(range(20))
 
 
 def test_a_certain_image_is_never_taken_for_an_unsure_one(float32):
     logits = torch.zeros(3, 4)
     logits[1, 0] = 200.0
-    assert mosaickd.most_uncertain(mosaickd.entropies(logits), 2).tolist() == [0, 2]
+    assert out_of_domain.most_uncertain(mosaickd.entropies(logits), 2).tolist() == [0, 2]
     assert mosaickd.entropies(logits.half()).isfinite().all()
-    assert mosaickd.teacher_entropies(players()[0].eval(), at_hand(), float32).shape == (30,)
+    assert out_of_domain.teacher_entropies(players()[0].eval(), at_hand(), float32).shape == (30,)
 
 
 def test_collages_are_tiled_from_whole_images():
     images = at_hand(5)
-    found = mosaickd.collages(images, (16, 24), 3)
+    found = out_of_domain.collages(images, (16, 24), 3)
     assert found.image_shape == (1, 16, 24) and len(found) == 3 and found.split == "train"
     tile = found.images[1, :, 8:16, 16:24]
     assert any(torch.equal(tile, image) for image in images.images)
     with pytest.raises(InputError, match="do not tile"):
-        mosaickd.collages(images, (12, 24), 3)
+        out_of_domain.collages(images, (12, 24), 3)
 
 
 def test_a_mosaic_of_its_own_patches_is_the_image():
     x = torch.rand(3, 2, 8, 8)
-    laid, distance = mosaickd.mosaic(x, x.roll((3, 2), (2, 3)), 2)
+    laid, distance = out_of_domain.mosaic(x, x.roll((3, 2), (2, 3)), 2)
     assert (laid - x).abs().mean() < 0.2 and distance.shape == (3, 16)
-    laid, distance = mosaickd.mosaic(x, torch.cat([torch.zeros_like(x), x]), 4, stride=2)
+    laid, distance = out_of_domain.mosaic(x, torch.cat([torch.zeros_like(x), x]), 4, stride=2)
     assert torch.equal(laid, x) and distance.max() < 1e-3
 
 

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from dfkd_lib.data import no_training_data, text
-from dfkd_lib.data.text import SentenceSet, Vocabulary
+from dfkd_lib.data.sentences import SentenceSet, Vocabulary
 from dfkd_lib.errors import DataFreeViolation, DataUnavailable, InputError
 from dfkd_lib.runtime import Runtime
+from dfkd_lib.training.finetuning import Recipe
 
 CLASSES = ("World", "Sports", "Business", "Sci/Tech")
 TOPICS = (["minister", "vote", "war"], ["match", "goal", "team"], ["profit", "stock", "bank"], ["chip", "space", "web"])
@@ -151,7 +152,7 @@ class TestWithTransformers:
 
         train = text.load("digit_sentences", "fit", length=10, limit=600)
         held_out = text.load("digit_sentences", "held_out", length=10)
-        recipe = networks.Recipe(layers=1, width=32, heads=2, epochs=6, batch_size=16, lr=2e-3, hidden=0.0, dropout=0.0)
+        recipe = Recipe(layers=1, width=32, heads=2, epochs=6, batch_size=16, lr=2e-3, hidden=0.0, dropout=0.0)
         trained = networks.train_or_load(train, held_out, recipe, float32)
         assert trained.facts["test"]["accuracy"] > 0.2  # chance is 0.1
         assert not trained.module.training and not any(p.requires_grad for p in trained.module.parameters())
@@ -170,7 +171,7 @@ class TestWithTransformers:
         ).base_model.save_pretrained(folder)
         tokenizer = text.tokenizer_of(str(folder))
         train, test = (text.load("agnews", split, length=12, tokenizer=tokenizer) for split in ("fit", "test"))
-        recipe = networks.Recipe(
+        recipe = Recipe(
             layers=2, width=16, heads=2, epochs=20, batch_size=10, lr=5e-3, lr_head=1e-2, hidden=0.0, dropout=0.0
         )
         trained = networks.train_or_load(train, test, recipe, float32, text_encoder=str(folder))

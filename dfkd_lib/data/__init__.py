@@ -2,10 +2,11 @@
 
 from .augment import crop_flip, minibatches, paired_crop_flip, resized_crop_flip
 from .catalogue import DatasetInfo, info, names
+from .folders import read_image
 from .guard import no_training_data, opened
-from .imageset import ImageSet
+from .imageset import ImageSet, pick
 from .loading import load
-from .sources import prepare, read_image
+from .sources import prepare
 
 __all__ = [
     "DatasetInfo",
@@ -18,6 +19,7 @@ __all__ = [
     "no_training_data",
     "opened",
     "paired_crop_flip",
+    "pick",
     "prepare",
     "read_image",
     "resized_crop_flip",

@@ -177,5 +177,21 @@ class ImageSet:
         return other
 
 
+def pick(labels: Tensor, per_class: int, generator: torch.Generator | None = None) -> Tensor:
+    """Indices of `per_class` images of each class, the classes one after the other, drawn at random.
+
+    Raises:
+        InputError: a class has fewer.
+    """
+    chosen = []
+    for label in labels.unique().tolist():
+        at = (labels == label).nonzero().flatten()
+        if len(at) < per_class:
+            raise InputError(f"class {label} has {len(at)} images, fewer than the {per_class} asked for")
+        order = torch.randperm(len(at), generator=generator, device=None if generator is None else generator.device)
+        chosen.append(at[order[:per_class].to(at.device)])
+    return torch.cat(chosen)
+
+
 def _kind(x: Tensor) -> str:
     return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}"

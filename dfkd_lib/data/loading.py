@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import InputError, unknown
-from . import catalogue, guard, sources
+from . import catalogue, folders, guard, sources
 from .imageset import ImageSet
 
 SPLITS = ("train", "fit", "held_out", "test")
@@ -56,7 +56,7 @@ def load(
         guard.check(name, split)
         if size is None:
             raise InputError(f"{name}: images of a folder have many sizes; give image_size")
-        arrays = sources.folder(name.removeprefix(FOLDER), size, channels or 3)
+        arrays = folders.folder(name.removeprefix(FOLDER), size, channels or 3)
     else:
         void = catalogue.info(name).void
         guard.check(name, split)

@@ -16,10 +16,10 @@ def accuracy(model: nn.Module, images: ImageSet, runtime: Runtime, batch_size: i
     Args:
         model: [B, C, H, W] in [0, 1] -> logits [B, classes].
     """
-    correct = torch.zeros((), dtype=torch.int64, device=images.device)
+    correct = torch.zeros((), dtype=torch.int64, device=runtime.device)
     with evaluating(model), runtime.autocast():
         for x, y in images.batches(batch_size):
-            correct += (model(runtime.images(x)).argmax(1) == y).sum()
+            correct += (model(runtime.images(x)).argmax(1) == y.to(runtime.device)).sum()
     return int(correct) / len(images)
 
 
@@ -56,11 +56,20 @@ def mean_iou(model: nn.Module, images: ImageSet, runtime: Runtime, batch_size: i
         model: [B, C, H, W] in [0, 1] -> logits [B, classes, H, W].
     """
     n = images.n_classes
-    counts = torch.zeros(n, n, dtype=torch.int64, device=images.device)
+    counts = torch.zeros(n, n, dtype=torch.int64, device=runtime.device)
     with evaluating(model), runtime.autocast():
         for x, y in images.batches(batch_size):
-            counts += confusion(model(runtime.images(x)).argmax(1), y, n, images.void)
+            counts += confusion(model(runtime.images(x)).argmax(1), y.to(runtime.device), n, images.void)
     return mean_iou_of(counts)
+
+
+def agreement(ours: Tensor, theirs: Tensor) -> float:
+    """Share of the inputs for which two networks predict the same class.
+
+    Args:
+        ours, theirs: predicted classes, int64 [N].
+    """
+    return float((ours == theirs).float().mean())
 
 
 def evaluate(model: nn.Module, images: ImageSet, runtime: Runtime) -> dict[str, float]:

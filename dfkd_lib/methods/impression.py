@@ -2,8 +2,9 @@
 
 A frozen classifier, the template network, maps an image to its *impression*: what its stages respond, kept whole or
 summarised. Descent on the pixels decodes an impression back into an image. In between, impressions are averaged,
-shifted and compared, which gives synthesis, unpaired translation and relations between images, and nothing is
-trained. The paper's abstract has the goals and these words; every formula of this module is our completion:
+shifted and compared (`impression_space`), which gives synthesis, unpaired translation and relations between images,
+and nothing is trained. The paper's abstract has the goals and these words; every formula of this module is our
+completion:
 
     x* = argmin over x in [0, 1]:  sum_l w_l || I_l(x) - t_l ||^2 / max(|| t_l ||^2, 1e-6) + tv TV(x).
 """
@@ -14,19 +15,16 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import data
 from ..data import ImageSet
-from ..errors import DataUnavailable, InputError, unknown
-from ..models import Normalize
+from ..errors import InputError, unknown
 from ..runtime import Runtime
-from ..taps import batch_norm_layers, last_linear, tapped
+from ..taps import last_linear
 from ..training.players import adam, check_positive, freeze, restore_state, state_of, update
 from ..training.schedules import cosine, set_lr
 
@@ -295,6 +293,9 @@ class Decoding:
                     f"stage {name!r} of the start has impressions {list(found[name].shape)}, the target "
                     f"{list(t.shape)}; encode the target with kind {settings.kind!r} and one row per image"
                 )
+        # w_l of every step, so that no step copies them to the device.
+        weights = [active_stages(step, settings, len(target)) for step in range(settings.steps)]
+        self.weights = torch.tensor(weights, device=runtime.device, dtype=runtime.dtype)
         self.pixels = nn.ParameterList([start])
         self.optimizer = adam(self.pixels, settings.lr)
         self.scaler = runtime.scaler()
@@ -313,10 +314,9 @@ class Decoding:
         set_lr(self.optimizer, settings.lr_end + (settings.lr - settings.lr_end) * share)
         x = self.pixels[0]
         errors = relative_errors(self.template.encode(x, settings.kind, tuple(self.target)), self.target)
-        weights = errors.new_tensor(active_stages(self.steps, settings, len(self.target)))
         smoothness = settings.tv * roughness(x)
         self.remember(errors.detach().sum(1) + smoothness.detach(), x.detach())
-        update(self.optimizer, ((errors * weights).sum(1) + smoothness).sum(), self.scaler)
+        update(self.optimizer, ((errors * self.weights[self.steps]).sum(1) + smoothness).sum(), self.scaler)
         with torch.no_grad():
             x.clamp_(0, 1)
         self.steps += 1
@@ -344,295 +344,3 @@ def decode(template: Template, target: Impression, start: Tensor, settings: Sett
     for _ in range(settings.steps):
         decoding.step()
     return decoding
-
-
-def paint(t: Tensor, filters: Tensor, image_size: int, *, stride: int = 1, padding: int = 1) -> Tensor:
-    """W^T t: each filter painted where, and as strongly as, the impression t says.
-
-    Args:
-        t: [B, K, H', W'], responses of a linear stage.
-        filters: W [K, C, k, k].
-
-    Returns:
-        [B, C, image_size, image_size].
-    """
-    reached = (t.shape[-1] - 1) * stride - 2 * padding + filters.shape[-1]
-    return F.conv_transpose2d(t, filters, None, stride, padding, output_padding=image_size - reached)
-
-
-def landweber(
-    t: Tensor, filters: Tensor, image_size: int, steps: int, *, stride: int = 1, padding: int = 1
-) -> list[Tensor]:
-    """x <- x + W^T (t - W x) / ||W||^2 from x = 0: decoding one linear stage, in closed form W^+ t.
-
-    The first step is W^T t up to its size; the error never rises, and what no filter sees stays 0.
-
-    Args:
-        t: [B, K, H', W'] responses to decode.
-        filters: W [K, C, k, k].
-
-    Returns:
-        The iterates 0 to `steps`, each [B, C, image_size, image_size].
-    """
-
-    def respond(x: Tensor) -> Tensor:
-        return F.conv2d(x, filters, None, stride, padding)
-
-    shape = filters.shape[1], image_size, image_size
-    units = torch.eye(shape[0] * image_size**2, dtype=t.dtype, device=t.device).view(-1, *shape)
-    size = 1 / torch.linalg.matrix_norm(respond(units).flatten(1), 2) ** 2
-    iterates = [t.new_zeros(len(t), *shape)]
-    for _ in range(steps):
-        x = iterates[-1]
-        iterates.append(x + size * paint(t - respond(x), filters, image_size, stride=stride, padding=padding))
-    return iterates
-
-
-def cut(template: Template, x: Tensor) -> list[nn.Module]:
-    """The stages f_1, ..., f_M as modules, for a network that passes its layers in the order of registration.
-
-    Args:
-        x: images [B, C, H, W] to check the cut on. "embedding" does not count as a stage here.
-
-    Raises:
-        InputError: applied one after the other, the pieces give other feature maps than the network.
-    """
-    names = [name for name in template.stages if name != EMBEDDING]
-    pieces: list[nn.Module] = []
-    layers: list[nn.Module] = []
-    for name, module in template.network.named_modules():
-        if next(module.children(), None) is None:
-            layers.append(module)
-            if name in names:
-                pieces.append(nn.Sequential(*layers))
-                layers = []
-    z, found = template.runtime.images(x), template.feature_maps(x, names)
-    with torch.no_grad():
-        for name, piece in zip(names, pieces, strict=False):
-            try:
-                z = piece(z)
-            except RuntimeError:
-                break
-            if z.shape != found[name].shape or not torch.allclose(z, found[name], rtol=1e-3, atol=1e-4):
-                break
-        else:
-            if len(pieces) == len(names):
-                return pieces
-    raise InputError("the network is no chain of its layers, so it cannot be inverted stage by stage; use decode")
-
-
-def invert_locally(stages: Sequence[nn.Module], z: Tensor, image_shape: Sequence[int], settings: Settings) -> Tensor:
-    """The schedule "local": one stage at a time from the top, each from 0, for "full" impressions.
-
-    z_{l-1} = argmin over z >= 0 (in [0, 1] for images) of || f_l(z) - z_l ||^2 / || z_l ||^2. Errors of the deep
-    stages are frozen in, which makes it weaker than matching all at once.
-
-    Args:
-        stages: f_1, ..., f_M from :func:`cut`, frozen.
-        z: [B, C_M, H_M, W_M], what the last stage gave.
-
-    Returns:
-        Images [B, C, H, W] in [0, 1].
-    """
-    shapes = [tuple(image_shape)]
-    with torch.no_grad():
-        for stage in stages[:-1]:
-            shapes.append(tuple(stage(z.new_zeros(1, *shapes[-1])).shape[1:]))
-    for depth in reversed(range(len(stages))):
-        # Not exactly 0, where a ReLU behind a zero bias has no gradient.
-        below = nn.ParameterList([z.new_full((len(z), *shapes[depth]), 1e-2)])
-        optimizer = adam(below, settings.lr)
-        for step in range(settings.steps):
-            set_lr(optimizer, settings.lr_end + (settings.lr - settings.lr_end) * cosine(step, settings.steps))
-            error = relative_errors({"": stages[depth](below[0]).flatten(1)}, {"": z.flatten(1)}).sum()
-            optimizer.zero_grad()
-            error.backward()
-            optimizer.step()
-            with torch.no_grad():
-                below[0].clamp_(0, None if depth else 1)
-        z = below[0].detach()
-    return z
-
-
-# Impression matching
-
-
-def mean_impression(impressions: Impression) -> Impression:
-    """Ibar: the mean of the impressions of a set, {stage: [1, D_l]}; not the impression of the pooled pixels."""
-    return {name: i.mean(0, keepdim=True) for name, i in impressions.items()}
-
-
-def translated(source: Impression, mean_a: Impression, mean_b: Impression, alpha: float = 1.0) -> Impression:
-    """t_l = max(0, I_l(x) + alpha (Ibar_l(B) - Ibar_l(A))): unpaired translation from the set A to the set B.
-
-    The maximum stands only where the source itself is never negative, as behind a ReLU: no image has an impression
-    below 0 there.
-
-    Args:
-        source: {stage: [B, D_l]}.
-        mean_a, mean_b: {stage: [1, D_l]}, see :func:`mean_impression`.
-    """
-    target = {}
-    for name, i in source.items():
-        moved = i + alpha * (mean_b[name] - mean_a[name])
-        target[name] = torch.where((i >= 0).all(), moved.clamp_min(0), moved)
-    return target
-
-
-def interpolated(one: Impression, other: Impression, alpha: float) -> Impression:
-    """t = (1 - alpha) I(x_1) + alpha I(x_2)."""
-    return {name: torch.lerp(i, other[name], alpha) for name, i in one.items()}
-
-
-def replaced(content: Impression, style: Impression, n_shallow: int) -> Impression:
-    """The first `n_shallow` stages from one image, the others from another: style transfer as impression matching."""
-    names = list(content)
-    return {name: (style if names.index(name) < n_shallow else content)[name] for name in names}
-
-
-# Relations
-
-
-def relation_vectors(impressions: Impression, centre: Impression) -> Tensor:
-    """v(x): centred impressions, each stage at unit length, side by side, over sqrt(M).
-
-    Args:
-        impressions: {stage: [N, D_l]}.
-        centre: {stage: [1, D_l]}, the mean impression of a reference set.
-
-    Returns:
-        [N, sum D_l], rows of unit length, so that R = v v^T lies in [-1, 1].
-    """
-    stages = [F.normalize(i - centre[name], dim=1) for name, i in impressions.items()]
-    return torch.cat(stages, 1) / len(stages) ** 0.5
-
-
-def nearest(relations: Tensor, k: int) -> Tensor:
-    """The k most related other images of each: indices [N, k] from R [N, N]."""
-    others = relations - 4 * torch.eye(len(relations), device=relations.device, dtype=relations.dtype)
-    return others.topk(k, dim=1).indices
-
-
-def retrieval_precision(relations: Tensor, labels: Tensor, k: int) -> float:
-    """Share of images of the same class among the k most related ones, mean over images."""
-    return float((labels[nearest(relations, k)] == labels[:, None]).double().mean())
-
-
-def retrieval_chance(labels: Tensor) -> float:
-    """What :func:`retrieval_precision` is for relations without meaning."""
-    counts = torch.bincount(labels).double()
-    return float((counts * (counts - 1)).sum() / (len(labels) * (len(labels) - 1)))
-
-
-def class_relations(relations: Tensor, labels: Tensor, n_classes: int) -> Tensor:
-    """Mean relation of the images of each pair of classes, no image with itself: [n_classes, n_classes]."""
-    member = F.one_hot(labels, n_classes).to(relations.dtype)
-    total = member.T @ (relations - torch.diag(relations.diagonal())) @ member
-    sizes = member.sum(0)
-    return total / (torch.outer(sizes, sizes) - torch.diag(sizes)).clamp_min(1)
-
-
-def similarity_map(
-    template: Template, x: Tensor, other: Tensor, centre: Impression, kind: str, stages: Sequence[str] = ()
-) -> Tensor:
-    """Which pixels of x make it similar to `other`: |d R / d x|, summed over the colours.
-
-    Args:
-        x, other: [B, C, H, W]; row i of one is related to row i of the other.
-
-    Returns:
-        [B, H, W] >= 0.
-    """
-    x = template.runtime.images(x).detach().requires_grad_()
-    with torch.no_grad():
-        theirs = relation_vectors(template.encode(other, kind, stages), centre)
-    ours = relation_vectors(template.encode(x, kind, stages), centre)
-    (gradient,) = torch.autograd.grad((ours * theirs).sum(), x)
-    return gradient.abs().sum(1)
-
-
-# The impression that a network stores of its training set
-
-
-@torch.no_grad()
-def remembered(network: nn.Module, x: Tensor) -> list[tuple[float, float]]:
-    """How far a batch is from what each batch-norm layer remembers, and from nothing.
-
-    With (mean, variance) over batch and space as the operator, the running statistics are the impression of the
-    whole training set, and matching them is DeepInversion's regulariser.
-
-    Args:
-        x: [B, C, H, W] in [0, 1].
-
-    Returns:
-        For each layer: ||s - r|| and ||r||, with s the statistics of the batch and r the running ones.
-    """
-    with tapped(batch_norm_layers(network)) as seen:
-        network(x)
-    rows = []
-    for visit in seen:
-        running = torch.cat([visit.layer.running_mean, visit.layer.running_var])  # type: ignore[list-item]
-        rows.append((float((torch.cat(visit.statistics()) - running).norm()), float(running.norm())))
-    return rows
-
-
-# Images and networks of one's own
-
-
-def read_image(path: str, size: int, channels: int) -> Tensor:
-    """An image file, cropped to a square around its centre and resized: [1, channels, size, size] in [0, 1].
-
-    "china.jpg" and "flower.jpg" are the two photographs that come with scikit-learn.
-
-    Raises:
-        InputError: no such file, or not an image.
-    """
-    if path in ("china.jpg", "flower.jpg"):
-        import sklearn.datasets
-
-        path = str(Path(sklearn.datasets.__file__).parent / "images" / path)
-    pixels = torch.from_numpy(data.read_image(path, size, channels).copy()).float().div(255)
-    return pixels.permute(2, 0, 1)[None].contiguous()
-
-
-IMAGENET = ("vgg16", "vgg19", "vgg16_bn", "vgg19_bn")
-
-
-def imagenet_template(name: str, *, pretrained: bool = True) -> nn.Module:
-    """torchvision's VGG with ImageNet weights (0.5 GB, downloaded once), its normalisation in front.
-
-    Args:
-        name: one of `IMAGENET`.
-        pretrained: False gives random weights.
-
-    Raises:
-        InputError: another network.
-        DataUnavailable: the weights are neither cached nor reachable.
-    """
-    import torchvision
-
-    if name not in IMAGENET:
-        raise unknown("ImageNet template", name, IMAGENET)
-    try:
-        network = torchvision.models.get_model(name, weights="IMAGENET1K_V1" if pretrained else None)
-    except OSError as e:
-        raise DataUnavailable(
-            f"ImageNet weights of {name} cannot be downloaded ({e}); use a template of this project instead"
-        ) from e
-    return nn.Sequential(Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), network)
-
-
-def pick(labels: Tensor, per_class: int, generator: torch.Generator | None = None) -> Tensor:
-    """Indices of `per_class` images of each class, the classes one after the other, drawn at random.
-
-    Raises:
-        InputError: a class has fewer.
-    """
-    chosen = []
-    for label in labels.unique().tolist():
-        at = (labels == label).nonzero().flatten()
-        if len(at) < per_class:
-            raise InputError(f"class {label} has {len(at)} images, fewer than the {per_class} asked for")
-        order = torch.randperm(len(at), generator=generator, device=None if generator is None else generator.device)
-        chosen.append(at[order[:per_class].to(at.device)])
-    return torch.cat(chosen)

@@ -11,23 +11,23 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import minibatches
-from ..data.text import SentenceSet, Vocabulary, transformers_or_error
+from ..data.sentences import SentenceSet, Vocabulary
+from ..data.text import transformers_or_error
 from ..errors import DamagedFile, DataUnavailable, InputError, unknown
 from ..files import lock, read_json, sha256, write_json
 from ..locations import cache_root
-from ..losses import cross_entropy
 from ..runtime import Runtime
 from ..training import checkpoints
+from ..training.finetuning import FineTuning, Recipe
 from ..training.fit import fit
 from ..training.modes import evaluating
-from ..training.players import check_positive, freeze, restore_state, state_of
-from ..training.schedules import one_cycle
+from ..training.players import freeze
 
 KEEP = ("first", "spaced", "random")
 
@@ -74,6 +74,34 @@ def word_table(network: Any) -> Tensor:
     """W [V, H], the word embeddings, without gradient."""
     table: Tensor = network.get_input_embeddings().weight
     return table.detach()
+
+
+def nearest_tokens(e: Tensor, table: Tensor, ordinary: Tensor) -> tuple[Tensor, Tensor]:
+    """The ordinary token whose row of the table has the largest cosine with each embedding.
+
+    Args:
+        e: [..., H].
+        table: W [V, H].
+        ordinary: ids, int64.
+
+    Returns:
+        Token ids and cosines, both [...].
+    """
+    similar = F.normalize(e, dim=-1) @ F.normalize(table[ordinary], dim=-1).T
+    cosines, at = similar.max(-1)
+    return ordinary[at], cosines
+
+
+def table_statistics(
+    network: Any, table: Tensor, ordinary: Tensor, length: int, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [H] of what the embedding module makes of 4096 random (token, position) pairs."""
+    n = -(-4096 // length)
+    draw = torch.Generator().manual_seed(seed)
+    ids = ordinary[torch.randint(len(ordinary), (n, length), generator=draw).to(ordinary.device)]
+    with torch.no_grad():
+        u = network.base_model.embeddings(inputs_embeds=table[ids]).flatten(0, 1)[:4096]
+    return u.mean(0), u.std(0)
 
 
 def chosen_layers(n: int, k: int, keep: str = "first") -> list[int]:
@@ -142,117 +170,6 @@ def predictions(network: Any, sentences: SentenceSet, runtime: Runtime, batch_si
 def labels_of(sentences: SentenceSet) -> Tensor:
     """All labels, int64 [N]."""
     return torch.cat([y for _, _, y in sentences.batches(1000)])
-
-
-def decayed(modules: Sequence[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's parameter groups of what can be trained: weight decay on matrices, none on biases and norms."""
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a text classifier is trained on labels.
-
-    Attributes:
-        layers, width, heads: of a network built here; a pretrained encoder has its own.
-        epochs: passes over the data.
-        batch_size: sentences per step.
-        lr, weight_decay: AdamW, 10 % linear warm-up, then linearly to 0, gradient norm at most 1.
-        lr_head: of the classifier alone; 0 is `lr`.
-        hidden: share of the tokens that are replaced by [MASK].
-        dropout: of a network built here.
-    """
-
-    layers: int
-    width: int
-    heads: int
-    epochs: int
-    batch_size: int = 32
-    lr: float = 5e-4
-    weight_decay: float = 0.01
-    lr_head: float = 0.0
-    hidden: float = 0.15
-    dropout: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_positive(self, "layers", "width", "heads", "epochs", "batch_size", "lr")
-
-
-class FineTuning:
-    """Training on labelled sentences, one update per :meth:`step`: the teacher, or a student as a reference.
-
-    Attributes:
-        n_steps: updates in the whole recipe.
-    """
-
-    data_free: ClassVar[bool] = False
-    PARTS = ("student", "optimizer", "scaler", "randomness", "steps")
-
-    def __init__(
-        self, student: Any, sentences: SentenceSet, recipe: Recipe, runtime: Runtime, n_steps: int = 0
-    ) -> None:
-        self.recipe, self.runtime, self.sentences = recipe, runtime, sentences.to(runtime.device)
-        self.student = runtime.prepare(student).train()
-        head = [p for name, p in student.named_parameters() if name.startswith("classifier")]
-        groups = decayed([student], recipe.weight_decay)
-        if recipe.lr_head:
-            groups = [{**g, "params": [p for p in g["params"] if all(p is not h for h in head)]} for g in groups]
-            groups.append({"params": head, "weight_decay": 0.0, "scale": recipe.lr_head / recipe.lr})
-        self.optimizer = torch.optim.AdamW(groups, recipe.lr)
-        self.scaler = runtime.scaler()
-        self.batches = minibatches(len(sentences), recipe.batch_size, seed=runtime.seed)
-        self.n_steps = n_steps or recipe.epochs * max(1, len(sentences) // recipe.batch_size)
-        self.randomness = runtime.stream("fine-tuning")
-        self.steps = 0
-
-    def step(self) -> dict[str, Tensor]:
-        """One update on the next batch; returns {"loss": ...}, detached."""
-        lr = self.recipe.lr * one_cycle(self.steps, self.n_steps, warmup=0.1)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group.get("scale", 1.0)
-        seed_dropout(self.runtime.seed, self.steps)
-        ids, mask, y = self.sentences.batch(self.batches(self.steps).to(self.runtime.device))
-        ids = self.hide(ids, mask)
-        with self.runtime.autocast():
-            logits = self.student(input_ids=ids, attention_mask=mask).logits.to(self.runtime.dtype)
-        loss = cross_entropy(logits, y)
-        clipped_update(self.optimizer, loss, self.scaler)
-        self.steps += 1
-        return {"loss": loss.detach()}
-
-    def hide(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Replace a share of the tokens, the first one excepted, by [MASK]."""
-        draw = torch.rand(ids.shape, generator=self.randomness, device=ids.device)
-        hidden = (draw < self.recipe.hidden) & mask.bool()
-        hidden[:, 0] = False
-        return torch.where(hidden, self.sentences.vocabulary.mask, ids)
-
-    def state_dict(self) -> dict[str, Any]:
-        """See :class:`dfkd_lib.training.fit.Method`."""
-        return state_of(self, self.PARTS)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`dfkd_lib.training.fit.Method`."""
-        restore_state(self, self.PARTS, state)
-
-
-def seed_dropout(seed: int, step: int) -> None:
-    """Dropout can only draw from torch's global stream: fix it per step, so that no earlier run matters."""
-    torch.manual_seed(1_000_003 * seed + step)
-
-
-def clipped_update(optimizer: torch.optim.Optimizer, loss: Tensor, scaler: torch.amp.GradScaler) -> None:
-    """One descent step on `loss` with the gradient's norm cut to 1."""
-    optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
-    scaler.step(optimizer)
-    scaler.update()
 
 
 @dataclass(frozen=True)
@@ -332,19 +249,11 @@ def _build(sentences: SentenceSet, recipe: Recipe, text_encoder: str) -> Any:
     )  # fmt: skip
 
 
-def tfidf_accuracy(
-    train: tuple[Sequence[str], Any], test: tuple[Sequence[str], Any], ngrams: int = 1, limit: int = 0
-) -> float:
-    """Accuracy of logistic regression on TF-IDF of (texts, labels): a reference that knows no word order.
-
-    Args:
-        ngrams: longest run of words that counts as a feature.
-        limit: leading words of each text that are read; 0 reads all.
-    """
+def tfidf_accuracy(train: tuple[Sequence[str], Any], test: tuple[Sequence[str], Any]) -> float:
+    """Accuracy of logistic regression on TF-IDF of (texts, labels): a reference that knows no word order."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
 
-    read = [[" ".join(t.split()[:limit]) if limit else t for t in texts] for texts in (train[0], test[0])]
-    features = TfidfVectorizer(ngram_range=(1, ngrams), sublinear_tf=True, max_features=50000)
-    model = LogisticRegression(max_iter=300, C=10.0).fit(features.fit_transform(read[0]), train[1])
-    return float(model.score(features.transform(read[1]), test[1]))
+    features = TfidfVectorizer(sublinear_tf=True, max_features=50000)
+    model = LogisticRegression(max_iter=300, C=10.0).fit(features.fit_transform(train[0]), train[1])
+    return float(model.score(features.transform(test[0]), test[1]))
