@@ -137,6 +137,92 @@ def test_sentences_do_not_see_each_other(float64):
         assert torch.allclose(alone.e[0], together.e[b], atol=1e-5)
 
 
+def ss_by_hand(made, sentences, hidden):
+    """1/|M| sum over M of 1 - cos(A(h), e), position by position."""
+    e = torch.where(hidden[..., None], made.table[VOCABULARY.mask], sentences.e)
+    states = made.student(inputs_embeds=e, attention_mask=sentences.mask, output_hidden_states=True).hidden_states
+    predicted = made.head(states[-1])
+    terms = [
+        1 - (a * e).sum() / (a.norm() * e.norm()) for a, e in zip(predicted[hidden], sentences.e[hidden], strict=True)
+    ]
+    return sum(terms) / len(terms)
+
+
+def kl_by_hand(student, teacher, tau=1.0):
+    """tau^2 KL(softmax(t / tau) || softmax(s / tau)), mean over the batch."""
+    p, q = (teacher / tau).softmax(1), (student / tau).softmax(1)
+    return tau**2 * (p * (p / q).log()).sum() / len(p)
+
+
+def hidden_next(made, free):
+    """The positions that the next call will hide."""
+    drawn = torch.Generator().manual_seed(0)
+    drawn.set_state(made.masks.get_state())
+    return text_distiller.hidden_positions(free, made.settings.mask_rate, drawn)
+
+
+def test_the_construction_loss_is_the_sum_of_its_terms(float64):
+    made = method(float64, replace(SMALL, lambda_ln=0.3, beta=0.7, disagreement=0.2))
+    made.student.eval()
+    start, targets, _ = start_of(made)
+    rows = {"inputs_embeds": start.e, "attention_mask": start.mask}
+    t, s = made.teacher(**rows).logits, made.student(**rows).logits
+    guess = sum(-(t[b].softmax(0)[y].log()) for b, y in enumerate(targets))
+    u = made.teacher.base_model.embeddings(inputs_embeds=start.e)[start.free]
+    mean, std = made.statistics
+    norm = sum((u[:, d].mean() - mean[d]) ** 2 + (u[:, d].std(correction=0) - std[d]) ** 2 for d in range(16)) / 16
+    understood = ss_by_hand(made, start, hidden_next(made, start.free))
+    early = made.construction_loss(start, targets, {"guess": [], "hit": []}, settled=False)
+    assert early.item() == pytest.approx(float(guess + 6 * 0.3 * norm), rel=1e-9)
+    late = made.construction_loss(start, targets, {"guess": [], "hit": []}, settled=True)
+    by_hand = guess + 6 * (0.3 * norm - 0.7 * understood - 0.2 * kl_by_hand(s, t))
+    assert late.item() == pytest.approx(float(by_hand), rel=1e-9)
+
+
+def test_the_student_s_loss_is_the_sum_of_its_terms(float64, monkeypatch):
+    source = teacher()
+    student = networks.cut(source, 2, "spaced", dropout=0.0)
+    made = ASDFD(source, student, VOCABULARY, replace(SMALL, temperature=3.0, lambda_ss=0.7, lambda_pt=0.3), float64)
+    sentences, _, _ = start_of(made)
+    rows = {"inputs_embeds": sentences.e, "attention_mask": sentences.mask, "output_hidden_states": True}
+    s, t = made.student(**rows), made.teacher(**rows)
+    patient = 0.0
+    for ours, theirs in ((1, 2), (2, 3)):  # layers 1 and 2 of the teacher, after the embeddings
+        apart = [h.hidden_states[i][:, 0] for h, i in ((s, ours), (t, theirs))]
+        patient += sum((a / a.norm() - b / b.norm()).square().sum() for a, b in zip(*apart, strict=True)) / 6
+    understood = ss_by_hand(made, sentences, hidden_next(made, sentences.free))
+    by_hand = kl_by_hand(s.logits, t.logits, 3.0) + 0.7 * understood + 0.3 * patient
+    found = []
+    monkeypatch.setattr(text_distiller, "clipped_update", lambda optimizer, loss, scaler: found.append(float(loss)))
+    made.learn(sentences, made.ask(sentences))
+    assert found == [pytest.approx(float(by_hand), rel=1e-9)]
+
+
+def test_zskd_and_zskt_descend_on_their_own_losses(float64, monkeypatch):
+    made = method(float64, kind=ModifiedZSKD)
+    start, targets, _ = start_of(made)
+    t = made.teacher(inputs_embeds=start.e, attention_mask=start.mask).logits
+    loss = made.construction_loss(start, targets, {"guess": [], "hit": []}, settled=True)
+    assert float(loss) == pytest.approx(float(-(targets * (t / 20).softmax(1).log()).sum()), rel=1e-9)
+    made = method(float64, kind=ModifiedZSKT)
+    drawn, found = [], []
+    monkeypatch.setattr(made, "sample", lambda sample=made.sample: drawn.append(sample()) or drawn[-1])
+    monkeypatch.setattr(as_dfd_baselines, "clipped_update", lambda optimizer, loss, scaler: found.append(float(loss)))
+    made.construct()
+    made.student.eval()
+    rows = {"inputs_embeds": drawn[0].e, "attention_mask": drawn[0].mask}
+    by_hand = -kl_by_hand(made.student(**rows).logits, made.teacher(**rows).logits)
+    assert found == [pytest.approx(float(by_hand), rel=1e-9)]
+
+
+def test_sentences_without_padding_need_no_mask(float64):
+    made = method(float64, replace(SMALL, min_length=12))
+    start = made.sample_start()
+    assert start.mask is None
+    masked = Sentences(start.e, torch.ones(6, 12, dtype=torch.int64), start.free)
+    assert torch.allclose(look(made.teacher, start)[0], look(made.teacher, masked)[0])
+
+
 def test_the_adversary_raises_the_self_supervised_loss(float64):
     made = method(float64)
     start, _, _ = start_of(made)

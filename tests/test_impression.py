@@ -233,6 +233,30 @@ def test_roughness_of_images():
 
 
 @pytest.mark.parametrize("schedule", impression.SCHEDULES)
+def test_a_decoding_descends_on_the_weighted_sum_of_its_terms(float64, schedule, monkeypatch):
+    t, x, start = template(float64), images(2, dtype=torch.float64), images(2, seed=1, dtype=torch.float64)
+    target = {name: i.detach() for name, i in t.encode(x).items()}
+    decoding = Decoding(t, target, start, Settings(steps=6, tv=0.3, schedule=schedule), float64)
+    found: list[float] = []
+    monkeypatch.setattr(impression, "update", lambda optimizer, loss, scaler: found.append(float(loss)))
+    for _ in range(6):
+        metrics = decoding.step()  # without an update the pixels stay at the start
+    own = t.encode(start)
+    errors = {n: [sum((own[n][b] - i[b]) ** 2) / sum(i[b] ** 2) for b in (0, 1)] for n, i in target.items()}
+    rough = 0.0
+    for (image,) in start:
+        across = [abs(image[r, c + 1] - image[r, c]) for r in range(8) for c in range(7)]
+        down = [abs(image[r + 1, c] - image[r, c]) for r in range(7) for c in range(8)]
+        rough += sum(across) / 56 + sum(down) / 56
+    names = ("2", "5", impression.EMBEDDING)
+    active = [3] * 6 if schedule == "joint" else [1, 1, 2, 2, 3, 3]
+    by_hand = [float(sum(sum(errors[n]) for n in names[3 - k :]) + 0.3 * rough) for k in active]
+    assert found == pytest.approx(by_hand, rel=1e-9)
+    assert float(metrics["loss"]) == pytest.approx(float(sum(map(sum, errors.values())) + 0.3 * rough) / 2, rel=1e-9)
+    assert float(metrics["residual"]) == pytest.approx(float(sum(map(sum, errors.values()))) / 6, rel=1e-9)
+
+
+@pytest.mark.parametrize("schedule", impression.SCHEDULES)
 def test_a_resumed_decoding_equals_an_uninterrupted_one(float32, schedule, tmp_path):
     def new() -> Decoding:
         t = template(float32)

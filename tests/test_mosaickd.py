@@ -160,6 +160,36 @@ def test_the_players_move_in_order_each_by_itself(float32, monkeypatch):
         assert optimizer.param_groups[0]["lr"] == pytest.approx(lr * factor)
 
 
+def kl_by_hand(student: Tensor, teacher: Tensor, tau: float = 1.0) -> Tensor:
+    p, q = (teacher / tau).softmax(1), (student / tau).softmax(1)
+    return tau**2 * (p * (p / q).log()).sum() / len(p)
+
+
+def test_each_player_descends_on_the_sum_of_its_terms(float64, monkeypatch):
+    weights = {"loc": 0.3, "align": 0.7, "adv": 1.3, "balance": 2.1, "temperature": 3.0}
+    method = game(float64, replace(SMALL, **weights))
+    found: list[float] = []
+    monkeypatch.setattr(mosaickd, "update", lambda optimizer, loss, scaler: found.append(float(loss)))
+    fake = method.generator(method.sample_noise())
+    real = method.images.batch(method.judged(0))[0].double()
+    sp = lambda u: (1 + u.exp()).log()  # noqa: E731
+    method.discriminate(fake.detach())
+    on_fake, on_real = method.discriminator(fake), method.discriminator(real)
+    assert found[0] == pytest.approx(float(0.3 / (2 * 8) * (sp(on_fake).sum() + sp(-on_real).sum())), rel=1e-9)
+    method.generate(fake)
+    t, s = method.teacher(fake), method.student(fake)
+    p = t.softmax(1)
+    entropy, mean = -(p * p.log()).sum() / 8, p.mean(0)
+    by_hand = 0.3 * sp(-on_fake).sum() / 8 + 0.7 * entropy - 1.3 * kl_by_hand(s, t) + 2.1 * (mean * mean.log2()).sum()
+    assert found[1] == pytest.approx(float(by_hand), rel=1e-9)
+    seen: list[Tensor] = []
+    monkeypatch.setattr(method, "lesson", lambda lesson=method.lesson: seen.extend(lesson()) or seen)
+    method.imitate()
+    x = torch.cat(seen)
+    assert len(x) == 16
+    assert found[2] == pytest.approx(float(kl_by_hand(method.student(x), method.teacher(x), 3.0)), rel=1e-9)
+
+
 def test_each_step_leaves_gradients_and_buffers_of_others_alone(float32):
     method = game(float32)
     fake = method.generator(method.sample_noise())
