@@ -125,7 +125,7 @@ def distill(
     """
     image_shape = _image_shape(image_shape)
     preset = preset or _preset(image_shape)
-    chosen = settings_for(method, preset=preset, n_updates=n_updates, **settings)
+    chosen = settings_for(method, preset=preset, n_updates=n_updates, image_shape=image_shape, **settings)
     _check_networks(teacher, student)
     if not isinstance(num_classes, int) or num_classes < 2:
         raise InputError(f"num_classes must be a whole number of at least 2, not {num_classes!r}")

@@ -178,6 +178,31 @@ def batch_norm_distance(mean: Tensor, variance: Tensor, running_mean: Tensor, ru
     return torch.linalg.vector_norm(variance - running_variance) + torch.linalg.vector_norm(mean - running_mean)
 
 
+def relative_batch_norm_distance(
+    mean: Tensor, variance: Tensor, running_mean: Tensor, running_variance: Tensor
+) -> Tensor:
+    """r_l in units of what the layer remembers: ||mean - running_mean|| / ||running_std|| + ||var - running_var|| /
+    ||running_var||, ours.
+
+    Multiplying the layer's input by any factor, and its running statistics with it, changes nothing, so one weight
+    serves layers and networks of any scale; and the norms run over all channels, so a channel that hardly ever
+    answers does not outweigh the others, as it would if each were divided by its own variance. About 1 means a
+    distance as large as the spread of the training data.
+
+    Args:
+        mean, variance, running_mean, running_variance: see :func:`batch_norm_distance`.
+
+    Returns:
+        Scalar >= 0; 0 for a layer that remembers no variance at all, which gives no unit.
+    """
+    norm = torch.linalg.vector_norm
+    spread, size = norm(running_variance.sqrt()), norm(running_variance)
+    tiny = torch.finfo(size.dtype).tiny
+    of_mean = norm(mean - running_mean) / spread.clamp_min(tiny)
+    of_variance = norm(variance - running_variance) / size.clamp_min(tiny)
+    return torch.where(size > 0, of_mean + of_variance, 0)
+
+
 def gaussian_kl(mean: Tensor, variance: Tensor, running_mean: Tensor, running_variance: Tensor) -> Tensor:
     """KL from a layer's remembered Gaussian to the batch's, summed over channels: DFQ's original form of r_l.
 
@@ -247,3 +272,4 @@ def attention_map(features: Tensor) -> Tensor:
 
 
 IMITATION = {"MAE": mae, "MSE": mse, "KL": kl}
+BATCH_NORM_DISTANCES = {"absolute": batch_norm_distance, "relative": relative_batch_norm_distance}

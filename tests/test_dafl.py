@@ -12,7 +12,7 @@ from conftest import classifier
 from dfkd_lib import data, losses, models
 from dfkd_lib.errors import InputError
 from dfkd_lib.measures.evaluation import accuracy
-from dfkd_lib.methods.dafl import DAFL, PRESETS, Settings, generation_loss, generation_terms
+from dfkd_lib.methods.dafl import DAFL, PAPER_MNIST, PRESETS, TOOLBOX, Settings, generation_loss, generation_terms
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.taps import logits_and_features
 from dfkd_lib.teachers import RECIPES, train_or_load
@@ -20,7 +20,7 @@ from dfkd_lib.training.fit import fit
 
 
 def method(runtime: Runtime, **changes: Any) -> DAFL:
-    small = {"batch_size": 8, "kd_steps": 3, "latent_dim": 6, "ngf": 4}
+    small = TOOLBOX | {"batch_size": 8, "kd_steps": 3, "latent_dim": 6, "ngf": 4}
     torch.manual_seed(0)
     return DAFL(classifier(8), classifier(4), (1, 8, 8), Settings(**(small | changes)), runtime)
 
@@ -113,3 +113,11 @@ def test_digits_are_learnt_and_balance_is_what_spreads_the_classes():
         unbalanced.student.eval()
         unbalanced.synthesize()
     assert label_entropy(unbalanced) < label_entropy(game) - 0.2
+
+
+def test_the_authors_weight_of_the_balance_is_for_a_logarithm_of_base_ten():
+    logits = torch.randn(8, 10, dtype=torch.float64)
+    q = logits.softmax(1).mean(0)
+    for settings in (Settings(), Settings(**PAPER_MNIST)):
+        ours = settings.balance * float(losses.class_balance(logits))
+        assert ours == pytest.approx(5 * float((q * q.log10()).sum()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 from dfkd_lib import data, losses
 from dfkd_lib.errors import InputError
 from dfkd_lib.methods.deepinversion import PRESETS, DeepInversion, Settings, roll_flip
-from dfkd_lib.methods.inversion import batch_norm_loss
+from dfkd_lib.methods.inversion import MomentumStatistics, batch_norm_loss
 from dfkd_lib.runtime import Runtime
+from dfkd_lib.taps import batch_norm_layers, tapped
 from dfkd_lib.teachers import RECIPES, train_or_load
 from dfkd_lib.training import checkpoints
 from dfkd_lib.training.fit import fit
@@ -232,3 +234,58 @@ def test_inverted_digits_are_taken_for_what_they_are_meant_to_be():
         logits, seen = one.look(x, one.layers)
     assert batch_norm_loss(seen) < noise / 2
     assert (logits.argmax(1) == targets).float().mean() > 0.9
+
+
+class TwoNorms(nn.Module):
+    """Two batch-norm layers whose inputs are `scale` times as large as the network's own weights make them."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6)
+        )  # fmt: skip
+        with torch.no_grad():
+            self.layers(torch.rand(64, 1, 8, 8))
+            for at in (0, 3):
+                for weight in self.layers[at].parameters():
+                    weight.mul_(scale)
+                self.layers[at + 1].running_mean.mul_(scale)
+                self.layers[at + 1].running_var.mul_(scale**2)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("rho", [None, 0.9])
+def test_the_relative_batch_norm_term_is_that_of_the_same_network_at_any_scale(rho):
+    """Both in value and in its pull on the images; the papers' form is neither."""
+
+    def term(scale: float, form: str) -> tuple[Tensor, Tensor]:
+        network = TwoNorms(scale)
+        x = torch.rand(8, 1, 8, 8, generator=stream(1)).requires_grad_()
+        with tapped(batch_norm_layers(network)) as seen:
+            network(x)
+        if rho is None:
+            loss = batch_norm_loss(seen, form)
+        else:
+            statistics = MomentumStatistics(rho, form)
+            statistics.update(seen)
+            with tapped(batch_norm_layers(network)) as seen:
+                network(x * 0.5)
+            loss = statistics.loss(seen)
+        return loss, torch.autograd.grad(loss, x)[0]
+
+    # Not far from 1, or the layers' epsilon would count.
+    for small, large in zip(term(1.0, "relative"), term(30.0, "relative"), strict=True):
+        assert torch.allclose(small, large, rtol=2e-3, atol=1e-6)
+    assert term(30.0, "absolute")[0] > 30 * term(1.0, "absolute")[0]
+
+
+@pytest.mark.parametrize("module", ["cmi", "deepinversion", "dfq", "fast", "nayer"])
+def test_an_unknown_scale_of_the_batch_norm_term_is_named(module):
+    settings = import_module(f"dfkd_lib.methods.{module}").Settings
+    assert settings().bn_scale == "absolute", "the form of the papers"
+    with pytest.raises(InputError, match="unknown bn_scale 'relativ'; did you mean 'relative'"):
+        settings(bn_scale="relativ")

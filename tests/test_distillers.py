@@ -103,6 +103,30 @@ def test_calls_that_only_synthesise_are_counted(float32):
     assert distillers.n_calls(cmi) == 2 + 2
 
 
+def test_the_published_settings_are_those_of_the_dataset():
+    """DFAD's and DAFL's authors have a script for MNIST and one for CIFAR-10."""
+
+    def published(name: str, shape: tuple[int, int, int], *fields: str) -> list[object]:
+        settings = distillers.settings_for(name, preset="paper", image_shape=shape)
+        return [getattr(settings, field) for field in fields]
+
+    dfad = ("batch_size", "lr_student", "latent_dim", "weight_decay")
+    for name in ("dfad", "random"):
+        assert published(name, (3, 32, 32), *dfad) == [256, 0.1, 256, 5e-4]
+        assert published(name, (1, 32, 32), *dfad) == [512, 0.01, 100, 1e-4]
+    dafl = ("batch_size", "lr_generator", "latent_dim", "optimizer", "oh")
+    assert published("dafl", (3, 32, 32), *dafl) == [1024, 0.02, 1000, "sgd", 0.05]
+    assert published("dafl", (1, 32, 32), *dafl) == [512, 0.2, 100, "adam", 1.0]
+    assert published("fast", (1, 32, 32), "lr_student") == published("fast", (3, 32, 32), "lr_student")
+
+
+def test_a_method_is_built_with_the_published_settings_of_its_images(float32):
+    for channels, expected in ((1, 512), (3, 256)):
+        networks = [nn.Sequential(nn.Conv2d(channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()) for _ in range(2)]
+        method = distillers.build("dfad", *networks, (channels, 8, 8), float32, preset="paper", ngf=2)
+        assert method.settings.batch_size == expected
+
+
 def test_random_is_dfad_whose_generator_does_not_learn(float32):
     method = built("random", float32)
     before = [p.detach().clone() for p in method.generator.parameters()]

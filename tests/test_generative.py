@@ -25,12 +25,14 @@ KINDS: dict[str, tuple[type[GeneratorDistiller], type[GenerativeSettings], Any]]
     "zskt": (zskt.ZSKT, zskt.Settings, zskt.PRESETS),
     "dfq": (dfq.DFQ, dfq.Settings, dfq.PRESETS),
 }
+# Generators that stay within [0, 1], and students that synthesis leaves alone.
+QUIET = {"generator": "toolbox_large", "student_trains_in_generation": False}
 VARIANTS = {
-    "dafl": ("dafl", {}),
-    "dafl joint": ("dafl", {"joint": True, "kd_steps": 1}),
-    "zskt": ("zskt", {}),
-    "zskt fresh z": ("zskt", {"same_z": False, "samples_in_eval": True}),
-    "zskt attention": ("zskt", {"attention_layers": ("2",)}),
+    "dafl": ("dafl", dafl.TOOLBOX),
+    "dafl joint": ("dafl", dafl.TOOLBOX | {"joint": True}),
+    "zskt": ("zskt", QUIET),
+    "zskt fresh z": ("zskt", QUIET | {"same_z": False, "samples_in_eval": True}),
+    "zskt attention": ("zskt", QUIET | {"attention_layers": ("2",)}),
     "dfq": ("dfq", {}),
     "dfq gaussian": ("dfq", {"gaussian": True, "warmup": 2}),
 }
@@ -39,9 +41,10 @@ VARIANTS = {
 def method(variant: str, runtime: Runtime, seed: int = 0, **changes: Any) -> GeneratorDistiller:
     kind, own = VARIANTS[variant]
     cls, settings, _ = KINDS[kind]
-    small = {"batch_size": 8, "kd_steps": 3, "latent_dim": 6, "ngf": 4, "n_updates": 40}
+    small = {"batch_size": 8, "latent_dim": 6, "ngf": 4, "n_updates": 40}
+    steps = {"kd_steps": 1 if own.get("joint") else 3}
     torch.manual_seed(seed)
-    return cls(classifier(8), classifier(4), SHAPE, settings(**(small | own | changes)), runtime)
+    return cls(classifier(8), classifier(4), SHAPE, settings(**(own | small | steps | changes)), runtime)
 
 
 def floats(metrics: dict[str, Tensor]) -> dict[str, float]:

@@ -10,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dfkd_lib.losses import IMITATION, cross_entropy, focal, kl, log_compressed, mae, mse
+from dfkd_lib.losses import (
+    IMITATION,
+    batch_norm_distance,
+    cross_entropy,
+    focal,
+    kl,
+    log_compressed,
+    mae,
+    mse,
+    relative_batch_norm_distance,
+)
 
 B, C = 7, 5
 
@@ -92,3 +102,37 @@ def test_focal_counts_void_as_zero_and_cross_entropy_leaves_it_out():
     alone = s[..., :1], y[..., :1]
     assert torch.allclose(focal(s, y, void=11), focal(*alone) / 2)
     assert torch.allclose(cross_entropy(s, y, void=11), cross_entropy(*alone))
+
+
+def statistics(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean and variance of a batch, and those that a layer remembers, [C]."""
+    mean, log_variance, running_mean, running_log_variance = logits(seed, (4, C))
+    return mean, log_variance.exp(), running_mean, running_log_variance.exp()
+
+
+@given(scale=st.floats(1e-6, 1e6), seed=st.integers(0, 10**6))
+@settings(max_examples=30, deadline=None)
+def test_the_relative_distance_does_not_see_the_scale_of_a_layers_input(scale, seed):
+    found = statistics(seed)
+    scaled = [scale**power * value for power, value in zip((1, 2, 1, 2), found, strict=True)]
+    assert torch.allclose(relative_batch_norm_distance(*scaled), relative_batch_norm_distance(*found))
+
+
+def test_the_papers_distance_sees_the_scale_of_a_layers_input():
+    mean, variance, running_mean, running_variance = statistics()
+    doubled = batch_norm_distance(2 * mean, 4 * variance, 2 * running_mean, 4 * running_variance)
+    assert float(doubled / batch_norm_distance(*statistics())) > 2
+
+
+def test_the_relative_distance_counts_spreads_and_is_zero_at_equality():
+    variance = torch.full((C,), 4.0)
+    assert float(relative_batch_norm_distance(torch.full((C,), 2.0), variance, torch.zeros(C), variance)) == 1
+    assert float(relative_batch_norm_distance(torch.zeros(C), 3 * variance, torch.zeros(C), variance)) == 2
+    assert float(relative_batch_norm_distance(torch.ones(C), variance, torch.ones(C), variance)) == 0
+
+
+def test_a_layer_that_remembers_no_variance_has_no_relative_distance_and_no_gradient():
+    mean = torch.ones(C, requires_grad=True)
+    distance = relative_batch_norm_distance(mean, torch.ones(C), torch.zeros(C), torch.zeros(C))
+    (pull,) = torch.autograd.grad(distance, mean)
+    assert float(distance.detach()) == 0 and not pull.any()

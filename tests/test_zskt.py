@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import classifier
+from conftest import classifier, parameters_of, same, snapshot
 from torch import Tensor, nn
 
 from dfkd_lib import data, losses, models
@@ -21,11 +21,17 @@ from dfkd_lib.runtime import Runtime
 from dfkd_lib.teachers import RECIPES, train_or_load
 from dfkd_lib.training.fit import fit
 
+# The authors' game with plain optimisers, so that its parts can be compared with what they should be.
+SMALL = {
+    "batch_size": 8, "kd_steps": 10, "latent_dim": 6, "ngf": 4, "generator": "toolbox_large", "optimizer": "sgd",
+    "lr_student": 0.1, "betas": (0.5, 0.999), "clip": 5.0, "student_trains_in_generation": False,
+    "generator_decays": False,
+}  # fmt: skip
+
 
 def method(runtime: Runtime, student: nn.Module | None = None, **changes: Any) -> ZSKT:
-    small = {"batch_size": 8, "kd_steps": 10, "latent_dim": 6, "ngf": 4}
     torch.manual_seed(0)
-    return ZSKT(classifier(8), student or classifier(4), (1, 8, 8), Settings(**(small | changes)), runtime)
+    return ZSKT(classifier(8), student or classifier(4), (1, 8, 8), Settings(**(SMALL | changes)), runtime)
 
 
 def inputs_of(module: nn.Module) -> list[Tensor]:
@@ -47,6 +53,47 @@ def test_ten_student_steps_follow_one_generator_step_on_one_z(float32):
     game.step()
     assert not torch.equal(noise[1], noise[2])
     assert torch.equal(noise[2], noise[3])
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_the_students_batch_norm_moves_in_the_generators_step_as_the_setting_says(trains, float32):
+    game = method(float32, student_trains_in_generation=trains)
+    before, weights = snapshot(game.student), parameters_of(game.student)
+    game.synthesize()
+    assert same(before, snapshot(game.student)) is not trains
+    assert same(weights, parameters_of(game.student))
+    game.step()
+    assert game.student.training
+
+
+def test_the_defaults_are_the_authors_loop(float64):
+    """One iteration of their script, written out: Adam for both, one z, the student in train mode throughout."""
+    settings = Settings(batch_size=8, latent_dim=6, ngf=4, n_updates=40)
+    torch.manual_seed(0)
+    game, plain = (ZSKT(classifier(8), classifier(4), (1, 8, 8), settings, float64) for _ in range(2))
+    plain.load_state_dict(copy.deepcopy(game.state_dict()))
+    plain.teacher.load_state_dict(game.teacher.state_dict())
+    game.step()
+    teacher, student, generator = plain.teacher, plain.student.train(), plain.generator.train()
+    optimizers = torch.optim.Adam(student.parameters(), 2e-3), torch.optim.Adam(generator.parameters(), 1e-3)
+
+    def learn(at: int, loss: Tensor) -> None:
+        for p in (*student.parameters(), *generator.parameters()):
+            p.grad = None
+        loss.backward()
+        nn.utils.clip_grad_norm_((student, generator)[at].parameters(), 50)
+        optimizers[at].step()
+
+    z = plain.fresh_noise()
+    x = generator(z)
+    learn(1, -losses.kl(student(x), teacher(x)))
+    x = generator(z).detach()
+    for step in range(10):
+        optimizers[0].param_groups[0]["lr"] = 2e-3 * (1 + math.cos(math.pi * step / 40)) / 2
+        learn(0, losses.kl(student(x), teacher(x)))
+    for ours, theirs in ((game.student, student), (game.generator, generator)):
+        for name, value in theirs.state_dict().items():
+            assert torch.allclose(ours.state_dict()[name], value, atol=1e-9), name
 
 
 def test_fresh_noise_for_each_step_is_the_toolbox_variant(float32):

@@ -29,7 +29,7 @@ from ..runtime import Runtime
 from ..taps import Seen, batch_norm_layers, tapped
 from ..training.players import adam, check_positive, restore_state, state_of
 from .distiller import BankDistiller, Distillation
-from .inversion import Best, batch_norm_loss
+from .inversion import Best, batch_norm_loss, check_bn_scale
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ class Settings(Distillation):
         lr_generator: Adam of generator and noise.
         lr_head: Adam of the projection head; the authors have one rate for all three.
         bn, oh, adv, cr: weights a of the four terms; a term of weight 0 is not computed.
+        bn_scale: "absolute", the papers' L_bn, or "relative", ours, which is free of the network's scale; see
+            :func:`dfkd_lib.methods.inversion.batch_norm_loss`.
         preinvert: the first so many calls only invert, without the adversarial term and without the student.
         grow: whether later calls go on inverting; False distils on the pre-inverted images alone.
         adv_from: call from which the adversarial term counts, if the pre-inversion is over by then.
@@ -66,6 +68,7 @@ class Settings(Distillation):
     lr_generator: float = 1e-3
     lr_head: float = 1e-3
     bn: float = 1.0
+    bn_scale: str = "absolute"
     oh: float = 0.5
     adv: float = 0.5
     cr: float = 0.8
@@ -83,6 +86,7 @@ class Settings(Distillation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_bn_scale(self.bn_scale)
         check_positive(self, "latent_dim", "ngf", "inner_steps", "lr_generator", "lr_head", "cr_temperature")
         check_positive(self, "head_dim", "memory_size", "bank_size")
         for name in ("bn", "oh", "adv", "cr", "preinvert", "adv_from", "negatives", "pad"):
@@ -119,10 +123,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "kd_steps": 250, "lr_head": 0.02, "latent_dim": 64, "ngf": 16, "synthesis_batch": 128,
         "inner_steps": 60, "preinvert": 6, "head_dim": 64, "negatives": 512, "bank_size": 8192, "pad": 2, "flip": False,
     },
-    "cifar10": _SMALL
-    | {
-        "kd_steps": 50, "lr_student": 0.05, "lr_head": 0.02, "latent_dim": 128, "ngf": 32, "synthesis_batch": 128,
-        "inner_steps": 60, "preinvert": 8, "head_dim": 128, "negatives": 512, "bank_size": 8192,
+    # "scratch", 20 calls ahead so that the student does not overfit the first batches; half the inner steps, at
+    # twice the rate, and half the calls.
+    "cifar10": {
+        "batch_size": 256, "kd_steps": 100, "preinvert": 20, "oh": 1.0, "inner_steps": 100, "lr_generator": 2e-3,
     },
 }  # fmt: skip
 """Our settings at each small scale, as changes of the defaults."""
@@ -144,7 +148,7 @@ def inversion_terms(
     """
     terms = {}
     if settings.bn:
-        terms["bn loss"] = settings.bn * batch_norm_loss(seen)
+        terms["bn loss"] = settings.bn * batch_norm_loss(seen, settings.bn_scale)
     if settings.oh:
         terms["class loss"] = settings.oh * losses.cross_entropy(t, targets)
     if s is not None:

@@ -14,17 +14,29 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .. import losses
 from ..banks import ImageBank
 from ..data import crop_flip
-from ..errors import InputError
+from ..errors import InputError, unknown
 from ..runtime import Runtime
 from ..taps import Seen, tapped
 from ..training.budget import Budget
 from ..training.modes import evaluating
-from ..training.players import check_positive, freeze, no_weight_gradients, restore_state, sgd, state_of, update
+from ..training.players import (
+    adam,
+    check_positive,
+    freeze,
+    no_weight_gradients,
+    restore_state,
+    sgd,
+    state_of,
+    update,
+)
 from ..training.schedules import cosine, set_lr
+
+OPTIMIZERS = ("sgd", "adam")
 
 
 @dataclass(frozen=True)
@@ -36,19 +48,23 @@ class Distillation:
         kd_steps: student updates per outer iteration.
         n_updates: student updates over which a cosine takes the learning rate to 0; 0 keeps it constant.
         temperature: of the KL divergence between teacher and student, whose factor T^2 is included.
-        lr_student, momentum, weight_decay: SGD of the student.
+        optimizer: of the student: "sgd", or "adam", which knows neither momentum nor weight decay.
+        lr_student, momentum, weight_decay: of that optimizer.
     """
 
     batch_size: int = 256
     kd_steps: int = 5
     n_updates: int = 0
     temperature: float = 1.0
+    optimizer: str = "sgd"
     lr_student: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 1e-4
 
     def __post_init__(self) -> None:
         check_positive(self, "kd_steps", "temperature", "lr_student")
+        if self.optimizer not in OPTIMIZERS:
+            raise unknown("optimizer", self.optimizer, OPTIMIZERS)
         if self.batch_size < 2:
             raise InputError(f"batch_size must be at least 2 (batch normalisation), not {self.batch_size}")
 
@@ -99,7 +115,7 @@ class Distiller(ABC):
         self.teacher = freeze(runtime.prepare(teacher))
         self.student = runtime.prepare(student).train()
         self.n_classes = common_classes(self.teacher, self.student, self.image_shape, runtime)
-        self.student_optimizer = sgd(self.student, settings.lr_student, settings.weight_decay, settings.momentum)
+        self.student_optimizer = student_optimizer(self.student, settings)
         self.student_scaler = runtime.scaler()
         self.noise = runtime.stream("noise")
         self.augmentation = runtime.stream("augmentation")
@@ -254,6 +270,13 @@ class BankDistiller(Distiller):
     @abstractmethod
     def newest_call(self) -> int:
         """How many images one synthesis call stores."""
+
+
+def student_optimizer(student: nn.Module, settings: Distillation) -> Optimizer:
+    """What the settings say the student learns with."""
+    if settings.optimizer == "adam":
+        return adam(student, settings.lr_student)
+    return sgd(student, settings.lr_student, settings.weight_decay, settings.momentum)
 
 
 def common_classes(teacher: nn.Module, student: nn.Module, image_shape: Sequence[int], runtime: Runtime) -> int:

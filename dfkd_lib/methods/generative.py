@@ -24,11 +24,11 @@ class GenerativeSettings(Distillation):
 
     Attributes:
         generator: one of :func:`dfkd_lib.models.build_generator`. The toolbox gives all these methods its large one,
-            whose sigmoid ends it; the authors' own of DAFL and ZSKT end in a batch normalisation without weights, as
-            "generator_a" does (it is DAFL's, but for two constants).
+            whose sigmoid ends it; those of DAFL's and ZSKT's authors, "generator_dafl" and "generator_zskt", end in a
+            batch normalisation without weights.
         latent_dim, ngf: n_z and the unit of width of the generator.
         generator_steps: updates of the generator per outer iteration, each on `batch_size` images.
-        lr_generator: Adam of the generator, betas 0.5 and 0.999.
+        lr_generator, betas: Adam of the generator.
         samples_in_eval: the generator's batch-norm uses its running statistics when it makes images for the
             student, as in the toolbox; False takes those of the batch, as in training.
     """
@@ -38,6 +38,7 @@ class GenerativeSettings(Distillation):
     ngf: int = 64
     generator_steps: int = 1
     lr_generator: float = 1e-3
+    betas: tuple[float, float] = (0.5, 0.999)
     samples_in_eval: bool = True
 
     def __post_init__(self) -> None:
@@ -77,7 +78,7 @@ class GeneratorDistiller(Distiller):
             ngf=settings.ngf,
         )
         self.generator = runtime.prepare(generator).train()
-        self.generator_optimizer = adam(self.generator, settings.lr_generator, (0.5, 0.999))
+        self.generator_optimizer = adam(self.generator, settings.lr_generator, settings.betas)
         self.generator_scaler = runtime.scaler()
 
     def fresh_noise(self, n: int | None = None) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import losses
+from ..errors import unknown
 from ..taps import Seen
 
 
@@ -30,13 +31,34 @@ class Best:
         self.tensors = tuple(torch.where(better, new, old) for new, old in zip(tensors, self.tensors, strict=True))
 
 
-def batch_norm_loss(seen: Sequence[Seen]) -> Tensor:
-    """L_bn = sum over layers of r_l, see :func:`dfkd_lib.losses.batch_norm_distance`."""
-    terms = [
-        losses.batch_norm_distance(*visit.statistics(), visit.layer.running_mean, visit.layer.running_var)  # type: ignore[arg-type]
-        for visit in seen
-    ]
-    return torch.stack(terms).sum()
+def batch_norm_loss(seen: Sequence[Seen], scale: str = "absolute") -> Tensor:
+    """L_bn of one pass of the teacher.
+
+    Args:
+        scale: "absolute", the sum over layers of r_l, the form of the papers, whose size goes with the width, the
+            depth and the activations of the network; or "relative", the mean over layers of
+            :func:`dfkd_lib.losses.relative_batch_norm_distance`, ours, whose weight carries over between networks.
+    """
+    return _over_layers(((visit.layer, *visit.statistics()) for visit in seen), scale)
+
+
+def _over_layers(found: Iterable[tuple[nn.Module, Tensor, Tensor]], scale: str) -> Tensor:
+    """L_bn of layers and the mean and variance found in each."""
+    distance = losses.BATCH_NORM_DISTANCES[scale]
+    terms = torch.stack(
+        [distance(mean, variance, layer.running_mean, layer.running_var) for layer, mean, variance in found]  # type: ignore[arg-type]
+    )
+    return terms.mean() if scale == "relative" else terms.sum()
+
+
+def check_bn_scale(scale: str) -> None:
+    """Refuse a scale that :func:`batch_norm_loss` does not know.
+
+    Raises:
+        InputError: naming the known ones.
+    """
+    if scale not in losses.BATCH_NORM_DISTANCES:
+        raise unknown("bn_scale", scale, losses.BATCH_NORM_DISTANCES)
 
 
 class MomentumStatistics:
@@ -48,25 +70,25 @@ class MomentumStatistics:
 
     Args:
         rho: momentum in [0, 1); 0 is the plain loss.
+        scale: see :func:`batch_norm_loss`.
     """
 
-    def __init__(self, rho: float) -> None:
-        self.rho = rho
+    def __init__(self, rho: float, scale: str = "absolute") -> None:
+        self.rho, self.scale = rho, scale
         self.averages: list[tuple[Tensor, Tensor]] = []
 
     def loss(self, seen: Sequence[Seen]) -> Tensor:
-        """Sum over layers of r_l for one pass of the teacher."""
+        """L_bn of the mixture for one pass of the teacher."""
         if not self.averages:
-            return batch_norm_loss(seen)
-        terms = []
+            return batch_norm_loss(seen, self.scale)
+        mixtures = []
         for visit, averages in zip(seen, self.averages, strict=True):
             mean, variance = (
                 (1 - self.rho) * now + self.rho * before
                 for now, before in zip(visit.statistics(), averages, strict=True)
             )
-            remembered = visit.layer.running_mean, visit.layer.running_var
-            terms.append(losses.batch_norm_distance(mean, variance, *remembered))  # type: ignore[arg-type]
-        return torch.stack(terms).sum()
+            mixtures.append((visit.layer, mean, variance))
+        return _over_layers(mixtures, self.scale)
 
     @torch.no_grad()
     def update(self, seen: Sequence[Seen]) -> None:

@@ -27,7 +27,7 @@ from ..runtime import Runtime
 from ..taps import batch_norm_layers, last_linear
 from ..training.players import adam, check_positive, update
 from .distiller import BankDistiller, Distillation
-from .inversion import Best, MomentumStatistics
+from .inversion import Best, MomentumStatistics, check_bn_scale
 
 CODES = ("random", "teacher", "onehot", "onehot-rotated", "clip-gram")
 
@@ -51,6 +51,9 @@ CLIP_GRAM = (
 class Settings(Distillation):
     """The hyper-parameters of one run; defaults are those of the authors' CIFAR-10 scripts, the code excepted.
 
+    The student is in eval mode in all of the synthesis. The authors' code puts it there for the first batch of an
+    outer iteration and back into train mode after it, so their later batches meet a student in train mode.
+
     Attributes:
         warmup: outer iterations that only synthesise, without the adversarial term.
         batches_warmup, batches: synthesis batches per outer iteration, during the warm-up and after it.
@@ -61,6 +64,8 @@ class Settings(Distillation):
         lr_generator: Adam of generator, embedding normalisation and noisy layers, betas (0.5, 0.999), a new one
             per batch.
         bn, oh, adv: weights of the batch-norm, target and adversarial terms.
+        bn_scale: "absolute", the papers' L_bn, or "relative", ours, which is free of the network's scale; see
+            :func:`dfkd_lib.methods.inversion.batch_norm_loss`.
         rho: momentum of the batch-norm statistics, see `MomentumStatistics`.
         code: where the class embeddings come from, see :func:`class_codes`.
         embedding_dim, latent_dim: d_e and d_v, width of the embeddings and of the generator's input.
@@ -82,6 +87,7 @@ class Settings(Distillation):
     redraw: bool = True
     lr_generator: float = 4e-3
     bn: float = 10.0
+    bn_scale: str = "absolute"
     oh: float = 0.5
     adv: float = 1.33
     rho: float = 0.9
@@ -95,6 +101,7 @@ class Settings(Distillation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_bn_scale(self.bn_scale)
         check_positive(self, "batches", "g_steps", "g_life", "lr_generator", "embedding_dim", "latent_dim", "ngf",
                        "bank_size")  # fmt: skip
         if self.synthesis_batch < 2:
@@ -125,11 +132,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "batches": 1, "synthesis_batch": 100, "g_steps": 30, "g_life": 5, "lr_generator": 0.01, "embedding_dim": 128,
         "latent_dim": 256, "ngf": 16, "pad": 2, "flip": False, "bank_size": 20_000,
     },
+    # The authors' batches of the student are 512. 100 outer iterations as theirs, with half the new images in each
+    # and a quarter of the warm-up.
     "cifar10": {
-        "batch_size": 128, "kd_steps": 50, "lr_student": 0.05, "temperature": 4.0, "warmup": 4,
-        "batches_warmup": 3, "batches": 1,
-        "synthesis_batch": 100, "g_steps": 25, "g_life": 10, "lr_generator": 0.01, "embedding_dim": 256,
-        "latent_dim": 512, "ngf": 32, "bank_size": 20_000,
+        "batch_size": 256, "kd_steps": 80, "warmup": 10, "batches_warmup": 5, "batches": 1,
     },
 }  # fmt: skip
 
@@ -316,7 +322,7 @@ class NAYER(BankDistiller):
         n_layers = -(-settings.synthesis_batch // self.n_classes)
         self.noisy = runtime.prepare(NoisyLayers(n_layers, self.n_classes, codes.shape[1], settings.latent_dim))
         self.generator_scaler = runtime.scaler()
-        self.statistics = MomentumStatistics(settings.rho)
+        self.statistics = MomentumStatistics(settings.rho, settings.bn_scale)
         self.renew()
 
     @property

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import InputError, unknown
 from .discriminators import build_discriminator, discriminator_names, map_shape, receptive_field
-from .generators import deep, draw_weights, generator_a, generator_b, toolbox
+from .generators import deep, draw_weights, generator_a, generator_b, generator_zskt, toolbox
 from .lenet import LeNet5
 from .normalize import Denormalize, Normalize
 from .quick import QuickNet, whiten
@@ -50,6 +50,8 @@ _NETWORKS: dict[str, dict[str, Callable[..., nn.Module]]] = {
     "classification": {
         "lenet5": partial(LeNet5, (6, 16, 120, 84)),
         "lenet5_half": partial(LeNet5, (3, 8, 60, 42)),
+        "lenet5_bn": partial(LeNet5, (6, 16, 120, 84), batch_norm=True),
+        "lenet5_bn_half": partial(LeNet5, (3, 8, 60, 42), batch_norm=True),
         "resnet18": partial(ResNet, (2, 2, 2, 2)),
         "resnet34": partial(ResNet, (3, 4, 6, 3)),
         "resnet18_half": partial(ResNet, (2, 2, 2, 2), widths=(64, 64, 128, 256)),
@@ -78,9 +80,13 @@ _NETWORKS: dict[str, dict[str, Callable[..., nn.Module]]] = {
     },
 }
 
+# Those that end in the teacher's pixel statistics.
+_CENTRED = ("generator_a", "generator_dafl", "generator_zskt")
 _GENERATORS: dict[str, Callable[..., nn.Module]] = {
     "generator_a": generator_a,
     "generator_b": generator_b,
+    "generator_dafl": partial(generator_a, eps=0.8),
+    "generator_zskt": generator_zskt,
     "toolbox_small": partial(toolbox, start=2),
     "toolbox_large": partial(toolbox, start=4),
     "deep": deep,
@@ -154,8 +160,8 @@ def build_generator(
 
     Args:
         image_shape: (C, H, W). Sides are multiples of 4, for generator_b of 16.
-        mean, std: per channel, the teacher's. generator_a ends in `Denormalize` with them, which the teacher
-            undoes; the other generators' images lie in [0, 1] whatever these are.
+        mean, std: per channel, the teacher's. generator_a, generator_dafl and generator_zskt end in `Denormalize`
+            with them, which the teacher undoes; the other generators' images lie in [0, 1] whatever these are.
         ngf: unit of all channel widths; 64 in the papers.
 
     Raises:
@@ -166,7 +172,7 @@ def build_generator(
     channels, height, width = image_shape
     _must_be_positive(latent_dim=latent_dim, ngf=ngf, channels=channels, height=height, width=width)
     factory = _GENERATORS[name]
-    if name == "generator_a":
+    if name in _CENTRED:
         _must_fit(mean, channels)
         factory = partial(factory, mean=mean, std=std)
     return factory(latent_dim, image_shape, ngf=ngf)

@@ -1,8 +1,8 @@
 """Generators: noise z [B, latent_dim] -> images [B, C, H, W] in image space.
 
-A and B are those of DFAD (arXiv 1912.11006), the toolbox pair those of CMI (arXiv 2105.08584) and its
-baselines, deep that of MosaicKD (arXiv 2110.15094) for large images; its generator for small ones is
-toolbox_large. Upsampling is nearest-neighbour, LeakyReLU has slope 0.2.
+A and B are those of DFAD (arXiv 1912.11006), DAFL's (1904.01186) is A with another constant, ZSKT (1905.09768) has
+its own; the toolbox pair are those of CMI (2105.08584) and its baselines, deep that of MosaicKD (2110.15094) for
+large images; its generator for small ones is toolbox_large. Upsampling is nearest-neighbour, LeakyReLU has slope 0.2.
 """
 
 from __future__ import annotations
@@ -18,17 +18,42 @@ from .normalize import Denormalize
 
 
 def generator_a(
-    latent_dim: int, image_shape: tuple[int, int, int], ngf: int, mean: Sequence[float], std: Sequence[float]
+    latent_dim: int,
+    image_shape: tuple[int, int, int],
+    ngf: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    eps: float = 1e-5,
 ) -> nn.Sequential:
     """DFAD's generator for small images: H and W are multiples of 4.
 
     Its last batch normalisation has no weights: in train mode each channel of the normalised batch has mean 0
     and variance 1. So the images can leave [0, 1]; clamp them to show them.
+
+    Args:
+        eps: of the batch normalisation after the first two convolutions; 0.8 makes it the generator of DAFL's code.
     """
     return nn.Sequential(
-        *_upsampling(latent_dim, image_shape, start=2 * ngf, ngf=ngf, conv_bias=True),
+        *_upsampling(latent_dim, image_shape, start=2 * ngf, ngf=ngf, conv_bias=True, eps=eps),
         nn.Tanh(),
         nn.BatchNorm2d(image_shape[0], affine=False),
+        Denormalize(mean, std),
+    )
+
+
+def generator_zskt(
+    latent_dim: int, image_shape: tuple[int, int, int], ngf: int, mean: Sequence[float], std: Sequence[float]
+) -> nn.Sequential:
+    """ZSKT's generator: H and W are multiples of 4, the first map has 5/16 of the sides (10x10 for 32x32 images).
+
+    It ends as generator A does, but for the tanh, so its images too can leave [0, 1].
+    """
+    channels, height, width = image_shape
+    smallest = round(5 * height / 16), round(5 * width / 16)
+    return nn.Sequential(
+        *_upsampling(latent_dim, image_shape, start=2 * ngf, ngf=ngf, conv_bias=True, smallest=smallest),
+        nn.BatchNorm2d(channels, affine=False),
         Denormalize(mean, std),
     )
 
@@ -110,22 +135,36 @@ def draw_weights(generator: nn.Module, random: torch.Generator | None = None) ->
 
 
 def _upsampling(
-    latent_dim: int, image_shape: tuple[int, int, int], *, start: int, ngf: int, conv_bias: bool
+    latent_dim: int,
+    image_shape: tuple[int, int, int],
+    *,
+    start: int,
+    ngf: int,
+    conv_bias: bool,
+    smallest: tuple[int, int] | None = None,
+    eps: float = 1e-5,
 ) -> list[nn.Module]:
-    """What A and the toolbox pair share: from [start, H/4, W/4] up to [C, H, W], before the squashing."""
+    """What A, ZSKT's and the toolbox pair share: from a small map up to [C, H, W], before the squashing.
+
+    Args:
+        start: channels of the first map.
+        smallest: its sides; None is a quarter of the image's.
+        eps: of the batch normalisation after the convolutions.
+    """
     channels, height, width = image_shape
     _must_divide(4, height, width)
+    h, w = smallest or (height // 4, width // 4)
     return [
-        nn.Linear(latent_dim, start * (height // 4) * (width // 4)),
-        nn.Unflatten(1, (start, height // 4, width // 4)),
+        nn.Linear(latent_dim, start * h * w),
+        nn.Unflatten(1, (start, h, w)),
         nn.BatchNorm2d(start),
-        nn.Upsample(scale_factor=2),
+        nn.Upsample(size=(height // 2, width // 2)),
         nn.Conv2d(start, 2 * ngf, 3, padding=1, bias=conv_bias),
-        nn.BatchNorm2d(2 * ngf),
+        nn.BatchNorm2d(2 * ngf, eps),
         nn.LeakyReLU(0.2),
         nn.Upsample(scale_factor=2),
         nn.Conv2d(2 * ngf, ngf, 3, padding=1, bias=conv_bias),
-        nn.BatchNorm2d(ngf),
+        nn.BatchNorm2d(ngf, eps),
         nn.LeakyReLU(0.2),
         nn.Conv2d(ngf, channels, 3, padding=1),
     ]
