@@ -127,6 +127,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # twice the rate, and half the calls.
     "cifar10": {
         "batch_size": 256, "kd_steps": 100, "preinvert": 20, "oh": 1.0, "inner_steps": 100, "lr_generator": 2e-3,
+        "bn": 10.0, "bn_scale": "relative",
     },
 }  # fmt: skip
 """Our settings at each small scale, as changes of the defaults."""

@@ -135,7 +135,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # The authors' batches of the student are 512. 100 outer iterations as theirs, with half the new images in each
     # and a quarter of the warm-up.
     "cifar10": {
-        "batch_size": 256, "kd_steps": 80, "warmup": 10, "batches_warmup": 5, "batches": 1,
+        "batch_size": 256, "kd_steps": 80, "warmup": 10, "batches_warmup": 5, "batches": 1, "bn_scale": "relative",
     },
 }  # fmt: skip
 
