@@ -137,6 +137,14 @@ def test_sentences_do_not_see_each_other(float64):
         assert torch.allclose(alone.e[0], together.e[b], atol=1e-5)
 
 
+def of_two_minds(keep="first"):
+    """A teacher and a student of two of its three layers that do not agree, without dropout."""
+    source = teacher(scale=100.0)
+    student = networks.cut(source, 2, keep, dropout=0.0)
+    student.classifier.bias.data.normal_()
+    return source, student
+
+
 def ss_by_hand(made, sentences, hidden):
     """1/|M| sum over M of 1 - cos(A(h), e), position by position."""
     e = torch.where(hidden[..., None], made.table[VOCABULARY.mask], sentences.e)
@@ -162,8 +170,8 @@ def hidden_next(made, free):
 
 
 def test_the_construction_loss_is_the_sum_of_its_terms(float64):
-    made = method(float64, replace(SMALL, lambda_ln=0.3, beta=0.7, disagreement=0.2))
-    made.student.eval()
+    settings = replace(SMALL, lambda_ln=0.3, beta=0.7, disagreement=0.2)
+    made = ASDFD(*of_two_minds(), VOCABULARY, settings, float64)
     start, targets, _ = start_of(made)
     rows = {"inputs_embeds": start.e, "attention_mask": start.mask}
     t, s = made.teacher(**rows).logits, made.student(**rows).logits
@@ -180,9 +188,8 @@ def test_the_construction_loss_is_the_sum_of_its_terms(float64):
 
 
 def test_the_student_s_loss_is_the_sum_of_its_terms(float64, monkeypatch):
-    source = teacher()
-    student = networks.cut(source, 2, "spaced", dropout=0.0)
-    made = ASDFD(source, student, VOCABULARY, replace(SMALL, temperature=3.0, lambda_ss=0.7, lambda_pt=0.3), float64)
+    settings = replace(SMALL, temperature=3.0, lambda_ss=0.7, lambda_pt=0.3)
+    made = ASDFD(*of_two_minds("spaced"), VOCABULARY, settings, float64)
     sentences, _, _ = start_of(made)
     rows = {"inputs_embeds": sentences.e, "attention_mask": sentences.mask, "output_hidden_states": True}
     s, t = made.student(**rows), made.teacher(**rows)
@@ -204,12 +211,11 @@ def test_zskd_and_zskt_descend_on_their_own_losses(float64, monkeypatch):
     t = made.teacher(inputs_embeds=start.e, attention_mask=start.mask).logits
     loss = made.construction_loss(start, targets, {"guess": [], "hit": []}, settled=True)
     assert float(loss) == pytest.approx(float(-(targets * (t / 20).softmax(1).log()).sum()), rel=1e-9)
-    made = method(float64, kind=ModifiedZSKT)
+    made = ModifiedZSKT(*of_two_minds(), VOCABULARY, SMALL, float64)
     drawn, found = [], []
     monkeypatch.setattr(made, "sample", lambda sample=made.sample: drawn.append(sample()) or drawn[-1])
     monkeypatch.setattr(as_dfd_baselines, "clipped_update", lambda optimizer, loss, scaler: found.append(float(loss)))
     made.construct()
-    made.student.eval()
     rows = {"inputs_embeds": drawn[0].e, "attention_mask": drawn[0].mask}
     by_hand = -kl_by_hand(made.student(**rows).logits, made.teacher(**rows).logits)
     assert found == [pytest.approx(float(by_hand), rel=1e-9)]
