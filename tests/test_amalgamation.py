@@ -12,16 +12,18 @@ import torch.nn.functional as F
 from conftest import same
 from torch import Tensor, nn
 
+from dfkd_lib import amalgamate
 from dfkd_lib.data import ImageSet
 from dfkd_lib.errors import InputError
 from dfkd_lib.losses import kl
 from dfkd_lib.methods import amalgamation as ka
-from dfkd_lib.methods import comprehensive, customised
+from dfkd_lib.methods import comprehensive, customised, ensembles
+from dfkd_lib.methods import feature_amalgamation as fa
 from dfkd_lib.methods.amalgamation import Amalgam, Settings, Tasks
 from dfkd_lib.methods.common_features import CommonSpace, flat, mmd2
 from dfkd_lib.methods.comprehensive import Joint, Layerwise
 from dfkd_lib.methods.customised import Adaptive, Source
-from dfkd_lib.models import adapters
+from dfkd_lib.models import adapters, chains
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.training.fit import fit
 
@@ -81,7 +83,7 @@ def test_centring_makes_the_target_blind_to_a_teachers_offset() -> None:
     moved = [z[0] + 7, z[1]]
     assert torch.allclose(ka.union(z, TASKS), ka.union(moved, TASKS), atol=1e-5)
     assert not torch.allclose(ka.union(z, TASKS, centre=False), ka.union(moved, TASKS, centre=False))
-    before, after = (ka.measures(ka.union(part, TASKS, centre=False), labels, TASKS) for part in (z, moved))
+    before, after = (ensembles.measures(ka.union(part, TASKS, centre=False), labels, TASKS) for part in (z, moved))
     assert all(before[name] == after[name] for name in before if name.endswith(" known"))
     assert after["assignment"] == pytest.approx(4 / 9)
 
@@ -90,14 +92,14 @@ def test_the_order_of_the_teachers_does_not_matter() -> None:
     torch.manual_seed(0)
     z, labels = [torch.randn(50, 2), torch.randn(50, 3)], torch.arange(50) % 5
     turned = (labels + 3) % 5
-    one = ka.measures(ka.union(z, TASKS), labels, TASKS)
-    other = ka.measures(ka.union(z[::-1], Tasks.disjoint([3, 2])), turned, Tasks.disjoint([3, 2]))
+    one = ensembles.measures(ka.union(z, TASKS), labels, TASKS)
+    other = ensembles.measures(ka.union(z[::-1], Tasks.disjoint([3, 2])), turned, Tasks.disjoint([3, 2]))
     assert one["union"] == other["union"] and one["part 1 known"] == other["part 2 known"]
 
 
 def test_measures_by_hand() -> None:
     scores = torch.tensor([[5.0, 0, 9, 0, 0], [0, 5, 0, 0, 0], [0, 0, 5, 0, 0], [0, 0, 5, 1, 0]])
-    found = ka.measures(scores, torch.tensor([0, 1, 2, 3]), TASKS)
+    found = ensembles.measures(scores, torch.tensor([0, 1, 2, 3]), TASKS)
     assert found["union"] == 0.5 and found["assignment"] == 0.75
     assert found["part 1 known"] == 1 and found["part 1 unknown"] == 0.5
     assert found["part 2 known"] == found["part 2 unknown"] == 0.5
@@ -115,21 +117,21 @@ def test_a_shared_class_gets_the_mean_of_its_logits() -> None:
 def test_entropy() -> None:
     torch.manual_seed(0)
     z = torch.randn(6, 4)
-    assert torch.allclose(ka.entropy(z), ka.entropy(z + 100), atol=1e-5)
-    assert ka.entropy(torch.zeros(1, 4)).item() == pytest.approx(math.log(4))
-    assert ka.entropy(torch.tensor([[1e4, 0, 0, -1e4]])).item() == 0
-    assert ka.entropy(z).min() >= 0 and ka.entropy(z).max() <= math.log(4)
+    assert torch.allclose(ensembles.entropy(z), ensembles.entropy(z + 100), atol=1e-5)
+    assert ensembles.entropy(torch.zeros(1, 4)).item() == pytest.approx(math.log(4))
+    assert ensembles.entropy(torch.tensor([[1e4, 0, 0, -1e4]])).item() == 0
+    assert ensembles.entropy(z).min() >= 0 and ensembles.entropy(z).max() <= math.log(4)
 
 
 def test_equals_are_decided_for_the_first() -> None:
     z = torch.randn(6, 4)
-    assert ka.least_ambiguous([z, z.clone(), z]).tolist() == [0] * 6
-    assert ka.least_ambiguous([torch.zeros(6, 4), z]).tolist() == [1] * 6
+    assert ensembles.least_ambiguous([z, z.clone(), z]).tolist() == [0] * 6
+    assert ensembles.least_ambiguous([torch.zeros(6, 4), z]).tolist() == [1] * 6
 
 
 def test_ensembles() -> None:
     sure, unsure = torch.tensor([[4.0, 0]]), torch.tensor([[1.0, 0, 0]])
-    found = ka.ensembles([sure, unsure + 9], TASKS, [1.0, 1.0])
+    found = ensembles.ensembles([sure, unsure + 9], TASKS, [1.0, 1.0])
     assert {name: int(scores.argmax()) for name, scores in found.items()} == {
         "raw logits": 2, "centred logits": 0, "probabilities": 0, "lowest entropy": 0, "calibrated": 0,
     }  # fmt: skip
@@ -141,14 +143,14 @@ def test_temperature_of_an_overconfident_classifier_is_above_one() -> None:
     torch.manual_seed(0)
     z = torch.randn(4000, 3)
     labels = torch.multinomial(z.softmax(1), 1)[:, 0]
-    assert ka.best_temperature(3 * z, labels) == pytest.approx(3, rel=0.15)
+    assert ensembles.best_temperature(3 * z, labels) == pytest.approx(3, rel=0.15)
     faultless = 5 * torch.eye(3)
-    assert 0.5 < ka.best_temperature(faultless.repeat(10, 1), torch.arange(3).repeat(10)) < 3
+    assert 0.5 < ensembles.best_temperature(faultless.repeat(10, 1), torch.arange(3).repeat(10)) < 3
 
 
 def test_margin() -> None:
     ours, theirs = torch.tensor([1, 1, 1, 0]).bool(), torch.tensor([1, 0, 0, 1]).bool()
-    assert ka.margin(ours, theirs)[0] == 0.25 and ka.margin(ours, ours) == (0, 0)
+    assert ensembles.margin(ours, theirs)[0] == 0.25 and ensembles.margin(ours, ours) == (0, 0)
 
 
 def test_features_are_kept_from_what_works_in_place() -> None:
@@ -185,11 +187,11 @@ def common(runtime: Runtime, *weights: float) -> Amalgam:
 
 def layerwise(runtime: Runtime, **options: bool) -> Layerwise:
     x = torch.rand(2, 1, 8, 8)
-    chains = [comprehensive.chain(t, x) for t in teachers()]
-    student = comprehensive.without_norms(comprehensive.chain(network(5, seed=9), x))
-    chains = [runtime.prepare(c) for c in chains]
-    codes = [comprehensive.pca(*m.result(), 6) for m in comprehensive.moments(chains, images(), runtime)]
-    return Layerwise(chains, student, codes, images(), TASKS, QUICK, runtime, **options)
+    as_chains = [chains.chain(t, x) for t in teachers()]
+    student = chains.without_norms(chains.chain(network(5, seed=9), x))
+    as_chains = [runtime.prepare(c) for c in as_chains]
+    codes = [fa.pca(*m.result(), 6) for m in fa.moments(as_chains, images(), runtime)]
+    return Layerwise(as_chains, student, codes, images(), TASKS, QUICK, runtime, **options)
 
 
 def component(runtime: Runtime, norm: float = 1.0) -> Adaptive:
@@ -250,7 +252,7 @@ def test_one_teacher_is_plain_distillation(float64: Runtime) -> None:
 def covariance(n: int = 8) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(2)
     rows = torch.randn(500, n, dtype=torch.float64) @ torch.randn(n, n, dtype=torch.float64) + 3
-    moments = comprehensive.Moments()
+    moments = fa.Moments()
     for part in rows.split(150):
         moments.add(part)
     return rows, *moments.result()
@@ -259,7 +261,7 @@ def covariance(n: int = 8) -> tuple[Tensor, Tensor, Tensor]:
 def test_moments_are_those_of_all_pixels() -> None:
     rows, mean, cov = covariance()
     assert torch.allclose(mean, rows.mean(0)) and torch.allclose(cov, torch.cov(rows.T, correction=0))
-    maps = comprehensive.Moments()
+    maps = fa.Moments()
     maps.add(rows.view(5, 10, 10, 8).permute(0, 3, 1, 2))
     assert torch.allclose(maps.result()[1], cov)
 
@@ -267,7 +269,7 @@ def test_moments_are_those_of_all_pixels() -> None:
 def test_linear_amalgamation_is_pca() -> None:
     rows, mean, cov = covariance()
     for width in range(1, 9):
-        code = comprehensive.pca(mean, cov, width)
+        code = fa.pca(mean, cov, width)
         tail = float(torch.linalg.eigvalsh(cov)[: 8 - width].sum()) / 8
         assert code.error(cov) == pytest.approx(tail, abs=1e-9)
         enc, dec = (layer.double() for layer in code.modules(2))
@@ -278,18 +280,18 @@ def test_linear_amalgamation_is_pca() -> None:
 
 def test_descent_does_not_get_below_pca_and_comes_near() -> None:
     rows, mean, cov = covariance()
-    bound = comprehensive.pca(mean, cov, 3).error(cov)
-    errors = comprehensive.learned_errors(rows, 3, n_steps=600, lr=0.03, seed=0)
+    bound = fa.pca(mean, cov, 3).error(cov)
+    errors = fa.learned_errors(rows, 3, n_steps=600, lr=0.03, seed=0)
     assert min(errors) >= bound - 1e-9 and errors[-1] < 1.1 * bound
 
 
 def test_incremental_and_direct() -> None:
     _, mean, cov = covariance()
-    one, two = comprehensive.pca(mean, cov, 3), comprehensive.incremental(mean, cov, [4, 4], 3)
+    one, two = fa.pca(mean, cov, 3), fa.incremental(mean, cov, [4, 4], 3)
     assert torch.allclose(one.decode @ one.encode, two.decode @ two.encode)
-    four = comprehensive.incremental(mean, cov, [2, 2, 2, 2], 3)
+    four = fa.incremental(mean, cov, [2, 2, 2, 2], 3)
     assert four.error(cov) >= one.error(cov)
-    assert comprehensive.incremental(mean, cov, [2, 2, 2, 2], 8).error(cov) == pytest.approx(0, abs=1e-9)
+    assert fa.incremental(mean, cov, [2, 2, 2, 2], 8).error(cov) == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("linear", [nn.Conv2d(3, 4, 3, padding=1, stride=2), nn.Linear(3, 4)])
@@ -338,10 +340,10 @@ def test_least_squares_is_where_the_gradient_vanishes(layer: nn.Conv2d | nn.Line
 
 def test_a_chain_is_the_network(float64: Runtime) -> None:
     net = float64.prepare(network(3))
-    made = comprehensive.chain(net, x64())
+    made = chains.chain(net, x64())
     assert [layer.name for layer in made.layers] == ["0", "4", "9"]
     assert torch.equal(made(x64()), net(x64()))
-    shapes = [tuple(f.shape[1:]) for f in comprehensive.without_norms(made).double().features(x64())]
+    shapes = [tuple(f.shape[1:]) for f in chains.without_norms(made).double().features(x64())]
     assert shapes == [(6, 8, 8), (6, 4, 4), (3,)]
 
 
@@ -357,19 +359,19 @@ class Branched(nn.Module):
 def test_what_cannot_be_amalgamated_layer_by_layer_is_refused(float32: Runtime) -> None:
     x = torch.rand(2, 1, 8, 8)
     with pytest.raises(InputError, match="Branched does more in forward"):
-        comprehensive.chain(Branched(), x)
+        chains.chain(Branched(), x)
     with pytest.raises(InputError, match=r"layer '4': 6x4x4 in the student.*6x8x8 in teacher 2"):
         other = nn.Sequential(*(m for i, m in enumerate(network(3)) if i != 3))
         named = nn.Sequential(*other[:3], nn.Identity(), *other[3:])
         Joint.between([network(2), named], network(5), places=["0", "4"], x=x)
-    chains = [comprehensive.chain(t, x) for t in (network(2), named)]
+    as_chains = [chains.chain(t, x) for t in (network(2), named)]
     with pytest.raises(InputError, match="layer '4': 6x4x4 in teacher 1, 6x8x8 in teacher 2"):
-        comprehensive.moments(chains, images(), float32)
+        fa.moments(as_chains, images(), float32)
     with pytest.raises(InputError, match="layer '0': 4x8x8 in the student, 6x8x8 amalgamated"):
-        chains = [comprehensive.chain(t, x) for t in teachers()]
-        codes = [comprehensive.pca(*m.result(), 6) for m in comprehensive.moments(chains, images(), float32)]
-        thin = comprehensive.without_norms(comprehensive.chain(network(5, width=4), x))
-        Layerwise(chains, thin, codes, images(), TASKS, QUICK, float32)
+        as_chains = [chains.chain(t, x) for t in teachers()]
+        codes = [fa.pca(*m.result(), 6) for m in fa.moments(as_chains, images(), float32)]
+        thin = chains.without_norms(chains.chain(network(5, width=4), x))
+        Layerwise(as_chains, thin, codes, images(), TASKS, QUICK, float32)
 
 
 def test_only_reconstruction_shapes_the_encoder(float32: Runtime) -> None:
@@ -513,14 +515,14 @@ def test_two_classifiers_of_your_own_become_one(kind: str, float32: Runtime) -> 
     student, x = network(5, width=8, seed=5), torch.rand(2, 1, 8, 8)
     term = CommonSpace.between(own, student, places=["6", "6", "6"], x=x, width=4) if kind == "common" else None
     blind = ImageSet(images(200, seed=7).images, name="mine", split="train")
-    made, classes = ka.amalgamate(
+    made, classes = amalgamate(
         own, student, blind, classes=[["rust", "moss"], ["lichen", "fern", "ivy"]], term=term,
         settings=Settings(n_steps=150, batch_size=32, lr=5e-3), runtime=float32,
     )  # fmt: skip
     assert classes == ["rust", "moss", "lichen", "fern", "ivy"] and not made.training
     test = images(100, seed=8)
     assert test.labels is not None
-    found = ka.measures(ka.predict(made, test, float32), test.labels, TASKS)
+    found = ensembles.measures(ensembles.predict(made, test, float32), test.labels, TASKS)
     assert found["part 1 known"] > 0.8 and found["part 2 known"] > 0.6
     assert found["union"] > 1.3 / 5
 
@@ -528,25 +530,25 @@ def test_two_classifiers_of_your_own_become_one(kind: str, float32: Runtime) -> 
 def test_outputs_that_do_not_fit_are_refused(float32: Runtime) -> None:
     names = [["a", "b"], ["c", "d", "e"]]
     with pytest.raises(InputError, match="teacher 2 gives 4 outputs for 3 classes"):
-        ka.amalgamate([network(2), network(4)], network(5), images(), classes=names, runtime=float32)
+        amalgamate([network(2), network(4)], network(5), images(), classes=names, runtime=float32)
     with pytest.raises(InputError, match="the student gives 4 outputs for 5 classes"):
-        ka.amalgamate(teachers(), network(4), images(), classes=names, runtime=float32)
+        amalgamate(teachers(), network(4), images(), classes=names, runtime=float32)
     with pytest.raises(InputError, match="teacher 1 cannot read images of 1x8x8"):
-        ka.amalgamate([nn.Linear(3, 2), network(3)], network(5), images(), classes=names, runtime=float32)
+        amalgamate([nn.Linear(3, 2), network(3)], network(5), images(), classes=names, runtime=float32)
     with pytest.raises(InputError, match="1 teachers and 2 lists"):
-        ka.amalgamate([network(2)], network(5), images(), classes=names, runtime=float32)
+        amalgamate([network(2)], network(5), images(), classes=names, runtime=float32)
 
 
 def test_layerwise_learns_before_the_joint_stage(float32: Runtime) -> None:
     own = [trained([0, 1], float32, 0), trained([2, 3, 4], float32, 1)]
     x = torch.rand(2, 1, 8, 8)
-    chains = [comprehensive.chain(t, x) for t in own]
-    student = comprehensive.without_norms(comprehensive.chain(network(5, width=8), x))
-    codes = [comprehensive.pca(*m.result(), 8) for m in comprehensive.moments(chains, images(), float32)]
+    as_chains = [chains.chain(t, x) for t in own]
+    student = chains.without_norms(chains.chain(network(5, width=8), x))
+    codes = [fa.pca(*m.result(), 8) for m in fa.moments(as_chains, images(), float32)]
     settings = Settings(n_steps=200, batch_size=32, lr=1e-2)
-    method = Layerwise(chains, student, codes, images(), TASKS, settings, float32)
+    method = Layerwise(as_chains, student, codes, images(), TASKS, settings, float32)
     result = fit(method, 200, name="layers", progress=False)
     assert result.history[-1]["L_B 4"] < 0.5 * result.history[0]["L_B 4"]
     test = images(100, seed=8)
     assert test.labels is not None
-    assert ka.measures(ka.predict(method.merged(), test, float32), test.labels, TASKS)["union"] > 1.3 / 5
+    assert ensembles.measures(ensembles.predict(method.merged(), test, float32), test.labels, TASKS)["union"] > 1.3 / 5

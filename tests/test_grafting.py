@@ -10,13 +10,15 @@ import torch.nn.functional as F
 from conftest import same
 from torch import Tensor, nn
 
-from dfkd_lib import data, models
+from dfkd_lib import data, graft, models
 from dfkd_lib.data import ImageSet
 from dfkd_lib.errors import InputError
 from dfkd_lib.measures.evaluation import accuracy
 from dfkd_lib.methods import grafting
-from dfkd_lib.methods.grafting import STEM, Blocks, NetGraft, Scion, Settings, Views, Whole, WholeSettings
-from dfkd_lib.models import adapters
+from dfkd_lib.methods.grafting import NetGraft, Scion, Settings, Views
+from dfkd_lib.methods.grafting_baselines import OBJECTIVES, Whole, WholeSettings
+from dfkd_lib.models import adapters, chains
+from dfkd_lib.models.chains import STEM, Blocks
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.training.fit import fit
 from dfkd_lib.training.supervised import Recipe, Supervised
@@ -45,8 +47,8 @@ def images(n: int = 12, channels: int = 1, side: int = 8) -> ImageSet:
 def pair(runtime: Runtime, seed: int = 0) -> tuple[Blocks, list[Scion], Views]:
     torch.manual_seed(seed)
     x = torch.rand(2, 1, 8, 8, dtype=runtime.dtype)
-    teacher = grafting.cut(shaken(runtime.prepare(network("netgraft_digits"))).eval(), CUTS, x)
-    scions = grafting.scions(teacher, grafting.cut(runtime.prepare(network("netgraft_digits_half")), CUTS, x), x)
+    teacher = chains.cut(shaken(runtime.prepare(network("netgraft_digits"))).eval(), CUTS, x)
+    scions = grafting.scions(teacher, chains.cut(runtime.prepare(network("netgraft_digits_half")), CUTS, x), x)
     return teacher, scions, grafting.look(teacher, images(), runtime, n_views=24, pad=1)
 
 
@@ -102,10 +104,10 @@ def test_the_teachers_own_blocks_change_nothing(float32):
     teacher, _, views = pair(float32)
     own = [Scion(name, copy.deepcopy(block), None, None) for name, block in teacher.items()][1:]
     rest = list(teacher.values())[1:]
-    expected = grafting.chain(rest, views.inputs)
+    expected = chains.through(rest, views.inputs)
     for start in range(3):
         for stop in range(start + 1, 4):
-            z = grafting.chain([*rest[:start], *own[start:stop], *rest[stop:]], views.inputs)
+            z = chains.through([*rest[:start], *own[start:stop], *rest[stop:]], views.inputs)
             assert torch.equal(z, expected)
     assert torch.equal(expected, views.logits)
 
@@ -116,7 +118,7 @@ def test_looking_at_shapes_leaves_every_mode_alone(float32):
     teacher, student = network("resnet18").eval(), network("resnet18_half")
     before = copy.deepcopy(teacher.state_dict())
     cuts = [CUTS[0], CUTS[2]]
-    grafting.scions(grafting.cut(teacher, cuts, x), grafting.cut(student, cuts, x), x)
+    grafting.scions(chains.cut(teacher, cuts, x), chains.cut(student, cuts, x), x)
     assert not any(module.training for module in teacher.modules())
     assert all(module.training for module in student.modules())
     assert same(before, teacher.state_dict())
@@ -154,7 +156,7 @@ def test_only_the_grafted_scion_learns_and_the_teacher_stays(float32):
 def test_a_student_classifier_can_equal_its_teachers(float64):
     """Both are affine, and of rank C at most: the singular value decomposition gives the weights."""
     teacher, scions, views = pair(float64)
-    f = grafting.chain(list(teacher.values())[1:-1], views.inputs)
+    f = chains.through(list(teacher.values())[1:-1], views.inputs)
     block, scion = list(teacher.values())[-1], scions[-1]
     zero, unit = torch.zeros(1, 128, 1, 1).to(f), torch.eye(128).view(128, 128, 1, 1).to(f)
     c = block(zero)
@@ -178,8 +180,8 @@ def test_kept_features_give_the_loss_of_two_full_passes(float64):
     phase, _ = method._phase_of(3)
     assert phase.start == 1
     rest = method.teacher
-    grafted = grafting.chain([rest[0], method.scions[1], rest[2]], method.views.inputs)
-    kept = grafting.chain([*method.learning, *method.behind], method.inputs)
+    grafted = chains.through([rest[0], method.scions[1], rest[2]], method.views.inputs)
+    kept = chains.through([*method.learning, *method.behind], method.inputs)
     assert torch.allclose(grafted, kept, atol=1e-12)
 
 
@@ -197,7 +199,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(float32):
         assert same(whole.scions.state_dict(), second.scions.state_dict())
 
 
-@pytest.mark.parametrize("objective", grafting.OBJECTIVES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_baselines_learn_and_resume(float32, objective):
     def baseline() -> Whole:
         settings = WholeSettings(objective, n_steps=4, batch_size=8)
@@ -257,8 +259,8 @@ def test_the_merged_student_has_no_adapter_and_the_same_outputs(float32, names):
     torch.manual_seed(0)
     cuts = [f"network.stages.{i}" for i in ((1, 2) if "digits" in names[0] else (1, 2, 3))] + ["network.pool"]
     x = torch.rand(4, 1, 8, 8)
-    teacher = grafting.cut(shaken(network(names[0])).eval(), cuts, x)
-    scions = grafting.scions(teacher, grafting.cut(network(names[1]), cuts, x), x)
+    teacher = chains.cut(shaken(network(names[0])).eval(), cuts, x)
+    scions = grafting.scions(teacher, chains.cut(network(names[1]), cuts, x), x)
     for scion in scions:
         shaken(scion).eval()
     unmerged = nn.Sequential(teacher[STEM], *scions)
@@ -292,7 +294,7 @@ def test_networks_of_a_class_of_ones_own_are_grafted(float32):
     torch.manual_seed(0)
     teacher, unlabelled = shaken(Theirs(8)), ImageSet(images().images, name="mine", split="all")
     before = copy.deepcopy(teacher.state_dict())
-    student = grafting.graft(
+    student = graft(
         teacher, Theirs(4), unlabelled, at=["body.3", "body.6", "head"], settings=SMALL, runtime=float32, n_views=16
     )
     assert same(before, teacher.state_dict())
@@ -300,8 +302,8 @@ def test_networks_of_a_class_of_ones_own_are_grafted(float32):
     assert [name for name, _ in student.named_children()] == [STEM, "body_3", "body_6", "head"]
     assert models.count_parameters(student) < models.count_parameters(Theirs(4)) + 100
     x = torch.rand(2, 1, 8, 8)
-    as_blocks = [grafting.cut(net, ["body.3", "head"], x) for net in (teacher, Theirs(4))]
-    again = grafting.graft(*as_blocks, unlabelled, settings=SMALL, runtime=float32, n_views=16)
+    as_blocks = [chains.cut(net, ["body.3", "head"], x) for net in (teacher, Theirs(4))]
+    again = graft(*as_blocks, unlabelled, settings=SMALL, runtime=float32, n_views=16)
     assert again(x).shape == (2, 10)
 
 
@@ -318,7 +320,7 @@ def test_what_does_not_fit_is_refused_by_the_name_of_the_block(float32):
     x = torch.rand(2, 1, 8, 8)
 
     def scions(teacher: nn.Module, student: nn.Module, at: list[str], at_student: list[str] | None = None) -> None:
-        grafting.scions(grafting.cut(teacher, at, x), grafting.cut(student, at_student or at, x), x)
+        grafting.scions(chains.cut(teacher, at, x), chains.cut(student, at_student or at, x), x)
 
     with pytest.raises(InputError, match=r"block 'body.3': its output is 8x4x4 .* 4x2x2 .* equal resolutions"):
         scions(Theirs(8), Theirs(4, nn.MaxPool2d(2)), ["body.3", "head"])
@@ -329,11 +331,11 @@ def test_what_does_not_fit_is_refused_by_the_name_of_the_block(float32):
     with pytest.raises(InputError, match="3 blocks and the student 2"):
         scions(Theirs(8), Theirs(4), ["body.3", "head"], ["head"])
     with pytest.raises(InputError, match=r"unknown place to cut 'body.99'"):
-        grafting.cut(Theirs(8), ["body.99"], x)
+        chains.cut(Theirs(8), ["body.99"], x)
     with pytest.raises(InputError, match="in the order of the network"):
-        grafting.cut(Theirs(8), ["head", "body.3"], x)
+        chains.cut(Theirs(8), ["head", "body.3"], x)
     with pytest.raises(InputError, match="more in forward than apply its children"):
-        grafting.cut(network("quick_net_half"), ["network.classifier"], torch.rand(2, 1, 16, 16))
+        chains.cut(network("quick_net_half"), ["network.classifier"], torch.rand(2, 1, 16, 16))
     other = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, 7))
     with pytest.raises(InputError, match="same classes"):
         scions(nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Linear(8, 10)), other, ["2"])
@@ -356,12 +358,12 @@ def test_grafting_few_digits_teaches_the_student(float32):
     )
     few = train.take(grafting.few_shot(train, 5, seed=0))
     x = few.batch(range(2))[0]
-    blocks = grafting.cut(teacher.eval(), CUTS, x)
+    blocks = chains.cut(teacher.eval(), CUTS, x)
     views = grafting.look(blocks, few, float32, n_views=512, pad=1, flip=False)
-    scions = grafting.scions(blocks, grafting.cut(network("netgraft_digits_half"), CUTS, x), x)
+    scions = grafting.scions(blocks, chains.cut(network("netgraft_digits_half"), CUTS, x), x)
     graft = NetGraft(blocks, scions, views, settings, float32)
     first = float(graft.step()["loss"])
     fit(graft, graft.n_steps - 1, name="digits", progress=False)
-    z = grafting.chain(graft.scions, views.inputs).detach()
+    z = chains.through(graft.scions, views.inputs).detach()
     assert float(grafting.distance(z, views.logits)) / 512 < first / 2
     assert accuracy(grafting.merge(blocks[STEM], scions, views.inputs), test, float32) > 0.6

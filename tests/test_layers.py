@@ -13,7 +13,7 @@ from dfkd_lib.locations import PACKAGE
 GROUND = ["errors", "files", "locations", "runtime", "settings"]
 TENSORS = ["data", "losses", "taps", "banks"]
 WORK = ["training", "models", "measures"]
-FRONT = ["distilling", "distillers", "teachers"]
+FRONT = ["distilling", "distillers", "reusing", "teachers"]
 
 ARROWS = {
     "errors": [],
@@ -33,7 +33,8 @@ ARROWS = {
     "distillers": [*GROUND, "methods"],
     "teachers": [*GROUND, *TENSORS, *WORK],
     "distilling": [*GROUND, *TENSORS, *WORK, "methods", "distillers", "records"],
-    "__init__": ["distilling"],
+    "reusing": [*GROUND, *TENSORS, *WORK, "methods"],
+    "__init__": ["distilling", "reusing"],
     "reproduction": ["__init__", "records", *GROUND, *TENSORS, *WORK, "methods", *FRONT],
     "__main__": ["reproduction"],
 }

@@ -4,12 +4,12 @@ Common ground of three papers: comprehensive classification (arXiv 1811.02796, :
 students (arXiv 1908.07121, :mod:`.customised`) and common feature learning (arXiv 1906.10546,
 :mod:`.common_features`). Every unlabelled image goes through every frozen teacher; their logits, side by side, are the
 target over the union of the classes. What a paper adds to that is a :class:`FeatureTerm`: a loss between features.
+:mod:`.ensembles` is what the students are measured by and against.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,10 +22,9 @@ from torch.optim import Optimizer
 
 from ..data import ImageSet, crop_flip, minibatches
 from ..errors import InputError, unknown
-from ..losses import cross_entropy, kl
+from ..losses import kl
 from ..runtime import Runtime
-from ..training.fit import fit
-from ..training.modes import evaluating, still
+from ..training.modes import still
 from ..training.players import adam, check_positive, freeze, restore_state, state_of
 from ..training.schedules import cosine, set_lr
 
@@ -104,124 +103,6 @@ def decompose(target: Tensor, student: Tensor, tasks: Tasks) -> tuple[Tensor, Te
     return -(mass * log_mass[1]).sum(1).mean(), (mass * within).sum(1).mean()
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """H = -sum_c p_c ln p_c of each row, in [0, ln C]; finite for logits of any size.
-
-    Args:
-        logits: [B, C].
-
-    Returns:
-        [B].
-    """
-    log_p = logits.log_softmax(1)
-    return -(log_p.exp() * log_p).sum(1)
-
-
-def least_ambiguous(logits: Sequence[Tensor]) -> Tensor:
-    """t*(x) = argmin_t H_t(x): for each image the network that is surest; the first of equals.
-
-    Args:
-        logits: [B, C_t] of each network.
-
-    Returns:
-        int64 [B].
-    """
-    lowest = entropy(logits[0])
-    chosen = torch.zeros(len(lowest), dtype=torch.int64, device=lowest.device)
-    for t, z in enumerate(logits[1:], 1):
-        h = entropy(z)
-        chosen = torch.where(h < lowest, t, chosen)
-        lowest = torch.minimum(h, lowest)
-    return chosen
-
-
-def best_temperature(logits: Tensor, labels: Tensor) -> float:
-    """The temperature in [0.1, 10] at which a classifier's own labelled images are likeliest.
-
-    The labels are smoothed by C / (N + C), as Platt does: a classifier that makes no error on few images would
-    otherwise be driven to the lowest temperature, whatever it is.
-    """
-    n, c = logits.shape
-    grid = torch.logspace(-1, 1, 201, dtype=torch.float64).tolist()
-    losses = [float(cross_entropy(logits.double() / t, labels, c / (n + c))) for t in grid]
-    return grid[losses.index(min(losses))]
-
-
-def ensembles(logits: Sequence[Tensor], tasks: Tasks, temperatures: Sequence[float]) -> dict[str, Tensor]:
-    """What can be made of the teachers without any training: scores over the union [N, C] by name.
-
-    Args:
-        logits: [N, C_t] of each teacher.
-        temperatures: one per teacher, fitted on labels; only "calibrated" uses them, and no student ever does.
-    """
-    beliefs = [z.softmax(1) for z in logits]
-    surest = least_ambiguous(logits)
-    return {
-        "raw logits": union(logits, tasks, centre=False),
-        "centred logits": union(logits, tasks),
-        "probabilities": union(beliefs, tasks, centre=False),
-        "lowest entropy": union([p + (surest == t)[:, None] for t, p in enumerate(beliefs)], tasks, centre=False),
-        "calibrated": union([z / t for z, t in zip(logits, temperatures, strict=True)], tasks),
-    }
-
-
-def predict(model: nn.Module, images: ImageSet, runtime: Runtime, batch_size: int = 500) -> Tensor:
-    """The logits of all images, [N, C], in eval mode, in at least float32."""
-    with evaluating(model), runtime.autocast():
-        parts = [model(runtime.images(x)).to(runtime.dtype) for x, _ in images.batches(batch_size)]
-    return torch.cat(parts).clone()
-
-
-def right(scores: Tensor, labels: Tensor, tasks: Tasks, task: int | None = None) -> Tensor:
-    """Whether the largest score is at the label, image by image: over the union, or among a task's classes alone.
-
-    Args:
-        scores: [N, C].
-        labels: int64 [N], of the union.
-
-    Returns:
-        bool [N].
-    """
-    if task is None:
-        return scores.argmax(1) == labels
-    at = torch.tensor(tasks.columns[task], device=scores.device)
-    return at[scores[:, at].argmax(1)] == labels
-
-
-def measures(scores: Tensor, labels: Tensor, tasks: Tasks) -> dict[str, float]:
-    """The metrics of all three parts, as fractions. Published tables mix the first two.
-
-    - union: argmax over all outputs, all images.
-    - part t known: argmax among the classes of task t, on its images: what a teacher has, by nature.
-    - part t unknown: argmax over all outputs, on the images of task t.
-    - assignment: the argmax over all outputs is a class of the right task.
-    """
-    over_union, predicted = right(scores, labels, tasks), scores.argmax(1)
-    assigned = torch.zeros_like(over_union)
-    found = {"union": share(over_union)}
-    for t in range(len(tasks.columns)):
-        ours = tasks.holds(t, labels)
-        assigned |= ours & tasks.holds(t, predicted)
-        found[f"part {t + 1} known"] = share(right(scores, labels, tasks, t)[ours])
-        found[f"part {t + 1} unknown"] = share(over_union[ours])
-    return found | {"assignment": share(assigned)}
-
-
-def share(flags: Tensor) -> float:
-    """The share of True in a bool tensor."""
-    return int(flags.sum()) / max(1, len(flags))
-
-
-def margin(ours: Tensor, theirs: Tensor) -> tuple[float, float]:
-    """How much more often one classifier is right than another on the same images, and half its 95 % interval.
-
-    Args:
-        ours, theirs: bool [N], image by image; the interval is that of the paired differences.
-    """
-    difference = ours.double() - theirs.double()
-    return float(difference.mean()), 1.96 * float(difference.std()) / math.sqrt(len(difference))
-
-
 @contextmanager
 def tapped_at(network: nn.Module, places: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """While the context is open, a pass through the network leaves the outputs of the named modules in the dict.
@@ -282,7 +163,6 @@ class Settings:
         batch_size: images per update.
         lr: Adam of the student.
         lr_term: Adam of a feature term's own weights.
-        temperature: of the KL divergence; 1 in the authors' code.
         centre: whether the teachers' logits are centred before they are put side by side; the authors do not.
         pad: largest shift of an image in pixels.
         flip: whether images are mirrored at random.
@@ -292,13 +172,12 @@ class Settings:
     batch_size: int = 64
     lr: float = 1e-3
     lr_term: float = 1e-3
-    temperature: float = 1.0
     centre: bool = True
     pad: int = 0
     flip: bool = False
 
     def __post_init__(self) -> None:
-        check_positive(self, "n_steps", "batch_size", "lr", "lr_term", "temperature")
+        check_positive(self, "n_steps", "batch_size", "lr", "lr_term")
 
 
 class Views:
@@ -373,7 +252,7 @@ class Amalgam:
             s, f_s = look(self.student, x, self.places[0])
             terms = self.term(f_s, [f for _, f in seen]) if self.term is not None else {}
         target = union([z.to(dtype) for z, _ in seen], self.tasks, centre=settings.centre)
-        soft = kl(s.to(dtype), target, settings.temperature)
+        soft = kl(s.to(dtype), target)
         loss, weights = soft, {} if self.term is None else self.term.weights
         for name, value in terms.items():
             loss = loss + weights[name] * value
@@ -413,39 +292,3 @@ def must_fit(teachers: Sequence[nn.Module], student: nn.Module, tasks: Tasks, x:
             raise InputError(f"{name} cannot read images of {size}: {' '.join(str(e).split())}") from None
         if z.ndim != 2 or z.shape[1] != n:
             raise InputError(f"{name} gives {'x'.join(map(str, z.shape[1:]))} outputs for {n} classes; they must agree")
-
-
-def amalgamate(
-    teachers: Sequence[nn.Module],
-    student: nn.Module,
-    images: ImageSet,
-    *,
-    classes: Sequence[Sequence[str]],
-    term: FeatureTerm | None = None,
-    settings: Settings | None = None,
-    runtime: Runtime | None = None,
-) -> tuple[nn.Module, list[str]]:
-    """Make one classifier of several of your own, on unlabelled images.
-
-    Args:
-        teachers: trained; images [B, C, H, W] in [0, 1] -> logits over their classes. They are frozen, and their
-            weights and running statistics stay as they are.
-        student: images -> logits over the union, in the order that is returned.
-        images: of all tasks, mixed; labels, if there are any, are not read.
-        classes: the names of each teacher's classes, in the order of its outputs; names may occur in several.
-        term: a loss between features, from :meth:`dfkd_lib.methods.common_features.CommonSpace.between` (any
-            architectures) or :meth:`dfkd_lib.methods.comprehensive.Joint.between` (equal ones); without,
-            distillation on the concatenated logits.
-        settings: 1000 updates with the defaults, unless you say otherwise.
-
-    Returns:
-        The student in eval mode, and the names of the union's classes in the order of its outputs.
-
-    Raises:
-        InputError: outputs or features that do not fit; the message names the network, or the place in it.
-    """
-    runtime = runtime or Runtime.choose()
-    tasks = Tasks.named(classes)
-    method = Amalgam(teachers, student, images, tasks, settings or Settings(n_steps=1000), runtime, term)
-    fit(method, method.n_steps, name="amalgamation")
-    return method.student.eval(), list(dict.fromkeys(itertools.chain(*classes)))

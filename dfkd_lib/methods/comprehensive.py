@@ -1,17 +1,16 @@
 """Amalgamating Knowledge towards Comprehensive Classification, arXiv 1811.02796.
 
 Layer by layer, the stacked features of several teachers of one architecture are compressed into a compact set
-(feature amalgamation); each layer of the student then learns to make the compact features of its place from those of
-the place before (layer-wise learning), and in the end all layers learn together (joint learning). The compression is
-linear, so its optimum is a principal component analysis, in closed form. Two forms: :class:`Layerwise`, as the paper
-has it, for networks that are a chain of layers; :class:`Joint`, the single stage of the authors' engine, for any.
+(:mod:`.feature_amalgamation`); each layer of the student then learns to make the compact features of its place from
+those of the place before (layer-wise learning), and in the end all layers learn together (joint learning). Two forms:
+:class:`Layerwise`, as the paper has it, for networks that are a chain of layers; :class:`Joint`, the single stage of
+the authors' engine, for any.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -20,209 +19,14 @@ from torch import Tensor, nn
 
 from ..data import ImageSet
 from ..errors import InputError
-from ..models.adapters import adapter, affine
+from ..models.adapters import adapter, affine, set_affine
+from ..models.chains import Chain
 from ..runtime import Runtime
-from ..training.modes import computes_the_same, still
+from ..training.modes import still
 from ..training.players import adam, freeze, restore_state, state_of, update
 from ..training.schedules import cosine, set_lr
 from .amalgamation import FeatureTerm, Settings, Tasks, Views, look, must_fit, union
-
-
-@dataclass(frozen=True)
-class Code:
-    """A linear auto-encoder of channel vectors: F_a = W_e (F - mu), F~ = W_d F_a + mu.
-
-    Attributes:
-        encode: W_e [C_a, C]; decode: W_d [C, C_a]; mean: mu [C].
-    """
-
-    encode: Tensor
-    decode: Tensor
-    mean: Tensor
-
-    def error(self, covariance: Tensor) -> float:
-        """L_A in expectation, mean over the channels: tr((I - W_d W_e) Sigma (I - W_d W_e)^T) / C."""
-        lost = torch.eye(len(covariance), dtype=covariance.dtype) - self.decode @ self.encode
-        return float((lost @ covariance @ lost.T).trace()) / len(covariance)
-
-    def modules(self, ndim: int) -> tuple[nn.Module, nn.Module]:
-        """enc and dec as 1x1 convolutions (ndim 4) or linear layers (ndim 2) with bias."""
-        shapes = ((self.encode, -self.encode @ self.mean), (self.decode, self.mean))
-        made = [adapter(w.shape[1], w.shape[0], ndim) for w, _ in shapes]
-        for layer, (weight, bias) in zip(made, shapes, strict=True):
-            _set(layer, weight, bias)
-        return made[0], made[1]
-
-
-def pca(mean: Tensor, covariance: Tensor, width: int) -> Code:
-    """Direct feature amalgamation in closed form: the top eigenvectors of the channel covariance.
-
-    No linear auto-encoder of this width has a smaller error than what the other eigenvalues add up to.
-
-    Args:
-        mean, covariance: of the stacked channels, [C] and [C, C], float64.
-        width: C_a, at most C.
-    """
-    _, vectors = torch.linalg.eigh(covariance)
-    top = vectors[:, -width:].flip(1)
-    return Code(top.T, top, mean)
-
-
-def incremental(mean: Tensor, covariance: Tensor, sizes: Sequence[int], width: int) -> Code:
-    """Incremental feature amalgamation in closed form: G_2 = enc([F_1; F_2]), G_n = enc([G_{n-1}; F_n]).
-
-    A new teacher costs one more step and leaves the earlier ones as they are. For two teachers this is :func:`pca`;
-    for more it is one of the encoders that direct amalgamation could have chosen, and so never better.
-
-    Args:
-        sizes: channels of each teacher; they add up to C.
-    """
-    eye = torch.eye(len(covariance), dtype=covariance.dtype)
-    encode, decode, stop = eye[: sizes[0]], eye[:, : sizes[0]], sizes[0]
-    for size in sizes[1:]:
-        new = eye[stop : stop + size]
-        seen = torch.cat([encode, new])
-        step = pca(mean.new_zeros(len(seen)), seen @ covariance @ seen.T, min(width, len(seen)))
-        encode, decode = step.encode @ seen, torch.cat([decode, new.T], 1) @ step.decode
-        stop += size
-    return Code(encode, decode, mean)
-
-
-def learned_errors(features: Tensor, width: int, *, n_steps: int, lr: float, seed: int) -> list[float]:
-    """L_A of an auto-encoder that learns by Adam, as the paper has it, after each step; :func:`pca` is its bound.
-
-    Args:
-        features: stacked, [B, C, H, W] or [B, C]: the whole training set of the auto-encoder.
-        width: C_a.
-    """
-    torch.manual_seed(seed)
-    channels = features.shape[1]
-    enc, dec = (adapter(a, b, features.ndim).to(features) for a, b in ((channels, width), (width, channels)))
-    optimizer, errors = adam(nn.Sequential(enc, dec), lr), []
-    for _ in range(n_steps):
-        loss = F.mse_loss(dec(enc(features)), features)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        errors.append(loss.detach())
-    return torch.stack(errors).tolist()
-
-
-class Moments:
-    """Mean and covariance of channel vectors, gathered batch by batch in float64."""
-
-    def __init__(self) -> None:
-        self.n, self.total, self.products = 0, torch.zeros(()), torch.zeros(())
-
-    def add(self, features: Tensor) -> None:
-        """Count every pixel of features [B, C, H, W] or [B, C]."""
-        rows = features.detach().flatten(2).transpose(1, 2).flatten(0, 1) if features.ndim == 4 else features.detach()
-        rows = rows.double().cpu()
-        self.n, self.total = self.n + len(rows), self.total + rows.sum(0)
-        self.products = self.products + rows.T @ rows
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """mean [C] and covariance [C, C], biased."""
-        mean = self.total / self.n
-        return mean, self.products / self.n - torch.outer(mean, mean)
-
-
-class Layer(nn.Module):
-    """A convolution or linear layer, with the batch normalisation that may follow it, and what comes after.
-
-    Attributes:
-        name: of the convolution or linear layer.
-        linear: the affine part; its output is the feature F^l.
-        rho: the operations without parameters up to the next layer: activation, pooling, flattening.
-    """
-
-    linear: Any
-    rho: Any
-
-    def __init__(self, name: str, linear: nn.Sequential, rho: nn.Sequential) -> None:
-        super().__init__()
-        self.name, self.linear, self.rho = name, linear, rho
-
-
-class Chain(nn.Module):
-    """A network as a chain of layers; `before` is what precedes the first, such as normalisation."""
-
-    layers: Any
-
-    def __init__(self, before: nn.Sequential, layers: Iterable[Layer]) -> None:
-        super().__init__()
-        self.before, self.layers = before, nn.ModuleList(layers)
-
-    def features(self, x: Tensor) -> list[Tensor]:
-        """F^1..F^L, the last of them the logits."""
-        x, found = self.before(x), []
-        for layer in self.layers:
-            x = layer.linear(x)
-            found.append(x)
-            x = layer.rho(x.clone())
-        return found
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.features(x)[-1]
-
-
-def chain(network: nn.Module, x: Tensor) -> Chain:
-    """A network whose modules, applied in order, are its forward pass, as a chain of layers; weights are shared.
-
-    Args:
-        x: images [B, C, H, W] on which the chain is held against the network.
-
-    Raises:
-        InputError: the forward pass does more, as in a residual network.
-    """
-    before, layers = nn.Sequential(), list[Layer]()
-    for name, module in network.named_modules():
-        if list(module.children()):
-            continue
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            layers.append(Layer(name, nn.Sequential(module), nn.Sequential()))
-        elif not layers:
-            before.append(module)
-        elif any(True for _ in module.parameters()) and not len(layers[-1].rho):
-            layers[-1].linear.append(module)
-        else:
-            layers[-1].rho.append(module)
-    made = Chain(before, layers).train(network.training)
-    if not computes_the_same(network, made, x):
-        raise InputError(
-            f"{type(network).__name__} does more in forward than apply its layers in order, so it cannot learn layer "
-            "by layer; use Joint for networks with branches"
-        )
-    return made
-
-
-def without_norms(network: Chain) -> Chain:
-    """A new chain of the same shape whose layers have a bias and no batch normalisation."""
-    layers = []
-    for layer in network.layers:
-        new = copy.deepcopy(layer.linear[0])
-        if new.bias is None:
-            new.bias = nn.Parameter(torch.zeros(len(new.weight)))
-        new.reset_parameters()
-        layers.append(Layer(layer.name, nn.Sequential(new), copy.deepcopy(layer.rho)))
-    return Chain(copy.deepcopy(network.before), layers)
-
-
-def stack(features: Sequence[list[Tensor]], names: Sequence[str]) -> list[Tensor]:
-    """F^l = [F^l_1; ...; F^l_N] along the channels, for every layer.
-
-    Raises:
-        InputError: numbers of layers or sizes differ; the message names the layer.
-    """
-    numbers = [len(f) for f in features]
-    if set(numbers) != {len(names)}:
-        raise InputError(f"the teachers have {', '.join(map(str, numbers))} layers and the student {len(names)}; equal "
-                         "numbers are needed, or common features for different architectures")  # fmt: skip
-    for name, at in zip(names, zip(*features, strict=True), strict=True):
-        if len({f.shape[2:] for f in at}) > 1:
-            sizes = ", ".join(f"{'x'.join(map(str, f.shape[1:]))} in teacher {t + 1}" for t, f in enumerate(at))
-            raise InputError(f"layer {name!r}: {sizes}; features can be stacked at equal height and width only")
-    return [torch.cat(at, 1) for at in zip(*features, strict=True)]
+from .feature_amalgamation import Code, stack
 
 
 def merge(linear: Any, fam: nn.Module) -> nn.Module:
@@ -231,7 +35,7 @@ def merge(linear: Any, fam: nn.Module) -> nn.Module:
     merged: Any = copy.deepcopy(linear)
     weight = torch.einsum("om,m...->o...", matrix, linear.weight.detach().cpu().double())
     bias = matrix @ linear.bias.detach().cpu().double() + offset
-    _set(merged, weight, bias)
+    set_affine(merged, weight, bias)
     return merged
 
 
@@ -251,14 +55,8 @@ def least_squares(layer: nn.Conv2d | nn.Linear, x: Tensor, y: Tensor) -> float:
     a = torch.cat([a, torch.ones_like(a[:, :1])], 1).cpu()
     b = b.cpu()
     solution = torch.linalg.lstsq(a, b, driver="gelsd").solution
-    _set(layer, solution[:-1].T, solution[-1])
+    set_affine(layer, solution[:-1].T, solution[-1])
     return float((a @ solution - b).square().mean())
-
-
-def _set(layer: Any, weight: Tensor, bias: Tensor) -> None:
-    with torch.no_grad():
-        layer.weight.copy_(weight.reshape(layer.weight.shape))
-        layer.bias.copy_(bias)
 
 
 class Layerwise:
@@ -310,7 +108,7 @@ class Layerwise:
                     raise InputError(f"layer {name!r}: {ours} in the student, {theirs} amalgamated; they must agree")
         fams: list[Any] = [adapter(f.shape[1], f.shape[1], f.ndim) if adapt else nn.Identity() for f in shapes[:-1]]
         for fam in fams if adapt else list[Any]():
-            _set(fam, torch.eye(fam.weight.shape[0]), torch.zeros(fam.weight.shape[0]))
+            set_affine(fam, torch.eye(fam.weight.shape[0]), torch.zeros(fam.weight.shape[0]))
         self.fams = runtime.prepare(nn.ModuleList(fams)).train()
         self.optimizer = adam(nn.ModuleList([self.student, self.fams]), settings.lr)
         self.scaler, self.steps = runtime.scaler(), 0
@@ -367,22 +165,6 @@ class Layerwise:
         restore_state(self, self.PARTS, state)
 
 
-def moments(teachers: Sequence[Chain], images: ImageSet, runtime: Runtime, batch_size: int = 250) -> list[Moments]:
-    """Moments of the stacked features of every layer but the last: one pass over the images.
-
-    Raises:
-        InputError: the teachers' shapes differ; the message names the layer.
-    """
-    names = [str(layer.name) for layer in teachers[0].layers][:-1]
-    gathered = [Moments() for _ in names]
-    with torch.no_grad():
-        for x, _ in images.batches(batch_size):
-            found = [teacher.features(runtime.images(x))[:-1] for teacher in teachers]
-            for moment, f in zip(gathered, stack(found, names), strict=True):
-                moment.add(f)
-    return gathered
-
-
 class Joint(FeatureTerm):
     """The authors' engine in one stage: at every place, the student's features imitate the compact ones.
 
@@ -400,13 +182,10 @@ class Joint(FeatureTerm):
         places: Sequence[Sequence[str]],
         channels: Sequence[Sequence[int]],
         ndims: Sequence[int],
-        *,
-        amalgamation: float = 1.0,
-        reconstruction: float = 1.0,
     ) -> None:
         super().__init__()
         self.places = places
-        self.weights = {"amalgamation": amalgamation, "reconstruction": reconstruction}
+        self.weights = {"amalgamation": 1.0, "reconstruction": 1.0}
         at = [(width, sum(theirs), ndim) for (width, *theirs), ndim in zip(channels, ndims, strict=True)]
         self.enc = nn.ModuleList(adapter(total, width, ndim) for width, total, ndim in at)
         self.dec = nn.ModuleList(adapter(width, total, ndim) for width, total, ndim in at)
@@ -420,8 +199,6 @@ class Joint(FeatureTerm):
         *,
         places: Sequence[str],
         x: Tensor,
-        amalgamation: float = 1.0,
-        reconstruction: float = 1.0,
     ) -> Joint:
         """The term for networks that have modules of the same names and features of the same height and width.
 
@@ -444,8 +221,7 @@ class Joint(FeatureTerm):
                     f"layer {name!r}: {', '.join(sizes)}; features can be stacked at equal height and width only"
                 )
         channels = [[f.shape[1] for f in at] for at in zip(*found, strict=True)]
-        return cls([list(places)] * len(found), channels, [f.ndim for f in found[0]],
-                   amalgamation=amalgamation, reconstruction=reconstruction)  # fmt: skip
+        return cls([list(places)] * len(found), channels, [f.ndim for f in found[0]])
 
     def forward(self, f_s: list[Tensor], f_t: list[list[Tensor]]) -> dict[str, Tensor]:
         imitation, rebuilding = [], []

@@ -24,7 +24,8 @@ from ..runtime import Runtime
 from ..training.modes import still
 from ..training.players import adam, freeze, restore_state, state_of
 from ..training.schedules import cosine
-from .amalgamation import Settings, Views, descend, least_ambiguous, look, predict
+from .amalgamation import Settings, Views, descend, look
+from .ensembles import least_ambiguous, predict
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Source:
 
 
 def select(sources: Sequence[Source], images: ImageSet, runtime: Runtime) -> Tensor:
-    """t*(x) of every image, as it is and without label: int64 [N], see :func:`amalgamation.least_ambiguous`.
+    """t*(x) of every image, as it is and without label: int64 [N], see :func:`.ensembles.least_ambiguous`.
 
     Only the wanted outputs enter. Done once, before the component learns.
     """

@@ -5,17 +5,16 @@ one student block at a time is grafted into the frozen teacher, between two adap
 loss is taken at the teacher's output (block grafting). Then the learned blocks are joined, front to back, until the
 teacher is used up (network grafting). In the end the adapters are multiplied into the student's own layers.
 
-Blocks are a dict from name to module, in the order in which they are applied. The first one is the *stem*, which the
-student takes over from its teacher as it is; the others are grafted.
+Both networks come as blocks, see :func:`dfkd_lib.models.chains.cut`. The first one is the *stem*, which the student
+takes over from its teacher as it is; the others are grafted.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -24,17 +23,12 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from ..data import ImageSet, crop_flip, minibatches
-from ..errors import InputError, unknown
-from ..losses import cross_entropy, kl
+from ..errors import InputError
 from ..models.adapters import absorb, adapter, affine, compose
+from ..models.chains import STEM, Blocks, through
 from ..runtime import Runtime
-from ..training.fit import fit
-from ..training.modes import computes_the_same, still
+from ..training.modes import still
 from ..training.players import check_positive, freeze, restore_state, state_of, update
-
-Blocks = dict[str, nn.Module]
-STEM = "stem"
-OBJECTIVES = ("grafting loss", "KD", "labels", "hints")
 
 
 @dataclass(frozen=True)
@@ -97,57 +91,6 @@ def few_shot(images: ImageSet, k: int, *, seed: int) -> Tensor:
     return torch.cat(chosen)
 
 
-def cut(network: nn.Module, at: Sequence[str], x: Tensor) -> Blocks:
-    """The blocks of a network whose children, applied in order, are its forward pass.
-
-    Args:
-        network: nn.Sequential, or any class whose named children in order give its output.
-        at: names of the modules at which a block starts, such as ["features.4", "classifier"]; what comes before
-            the first is the stem.
-        x: images [B, C, H, W] on which the blocks are checked against the network.
-
-    Raises:
-        InputError: no such module, or the forward pass does more than apply the children.
-    """
-    pieces = list(_pieces("", network, at))
-    names = [name for name, _ in pieces]
-    for name in at:
-        if name not in names:
-            raise unknown("place to cut", name, names)
-    if [*at] != sorted(set(at), key=names.index):
-        raise InputError(f"cuts must be in the order of the network, each once, not {[*at]}")
-    blocks: Blocks = {STEM: nn.Sequential()}
-    for name, module in pieces:
-        if name in at:
-            blocks[name] = nn.Sequential()
-        [*blocks.values()][-1].append(module)  # type: ignore[operator]
-    for block in blocks.values():
-        block.training = network.training
-    if not computes_the_same(network, partial(chain, [*blocks.values()]), x):
-        raise InputError(
-            f"{type(network).__name__} does more in forward than apply its children in order, so it cannot be cut at "
-            f"{', '.join(at)}; give the blocks yourself, a dict from name to module whose first key is {STEM!r}"
-        )
-    return blocks
-
-
-def _pieces(name: str, module: nn.Module, at: Sequence[str]) -> Iterator[tuple[str, nn.Module]]:
-    """The module, or its children where one of the cuts lies inside it."""
-    inside = name == "" or any(place.startswith(name + ".") for place in at)
-    if not inside or not list(module.children()):
-        yield name, module
-        return
-    for child, inner in module.named_children():
-        yield from _pieces(f"{name}.{child}".lstrip("."), inner, at)
-
-
-def chain(blocks: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """x sent through blocks, one after another. A block may work in place: clone what is to be kept."""
-    for block in blocks:
-        x = block(x)
-    return x
-
-
 class Scion(nn.Module):
     """H_l = a^{s->t} o h_l o a^{t->s}: a student block between adapters, with the teacher's channels on both sides."""
 
@@ -181,7 +124,7 @@ def scions(teacher: Blocks, student: Blocks, x: Tensor) -> list[Scion]:
             "2 or more"
         )
     made: list[Scion] = []
-    f_t, f_s = _through(teacher[STEM], x, STEM), _through(next(iter(student.values())), x, STEM)
+    f_t, f_s = _output(teacher[STEM], x, STEM), _output(next(iter(student.values())), x, STEM)
     pairs = list(zip(teacher.items(), student.items(), strict=True))[1:]
     for i, ((name, theirs), (_, ours)) in enumerate(pairs):
         _must_fit(name, "input", f_t, f_s)
@@ -189,7 +132,7 @@ def scions(teacher: Blocks, student: Blocks, x: Tensor) -> list[Scion]:
         a_in = None if in_t == in_s else adapter(in_t, in_s, f_t.ndim).to(f_t)
         if a_in is not None:
             _mergeable(name, ours, f_t, a_in)
-        f_t, f_s = _through(theirs, f_t, name), _through(ours, f_s, name)
+        f_t, f_s = _output(theirs, f_t, name), _output(ours, f_s, name)
         last = i == len(pairs) - 1
         if last and f_t.shape != f_s.shape:
             raise InputError(f"block {name!r} gives {_size(f_t)} in the teacher and {_size(f_s)} in the student; "
@@ -201,7 +144,7 @@ def scions(teacher: Blocks, student: Blocks, x: Tensor) -> list[Scion]:
     return made
 
 
-def _through(block: nn.Module, x: Tensor, name: str) -> Tensor:
+def _output(block: nn.Module, x: Tensor, name: str) -> Tensor:
     try:
         with still(block):
             return block(x)
@@ -250,7 +193,6 @@ def look(
     n_views: int = 0,
     pad: int = 4,
     flip: bool = True,
-    batch_size: int = 256,
 ) -> Views:
     """Views of all images: each image as it is, or `n_views` in all, shifted and mirrored at random.
 
@@ -260,24 +202,24 @@ def look(
     stem, *rest = teacher.values()
     n = max(n_views, len(images)) if n_views else len(images)
     parts = []
-    for start in range(0, n, batch_size):
-        x, y = images.batch(torch.arange(start, min(start + batch_size, n)) % len(images))
+    for start in range(0, n, 256):
+        x, y = images.batch(torch.arange(start, min(start + 256, n)) % len(images))
         x, y = x.to(runtime.device), y.to(runtime.device)
         if n_views:
             x = crop_flip(x, pad=pad, flip=flip, generator=randomness)
         with torch.no_grad(), runtime.autocast():
             inputs = stem(runtime.images(x))
-            parts.append((inputs, chain(rest, inputs.clone()).to(runtime.dtype), y))
+            parts.append((inputs, through(rest, inputs.clone()).to(runtime.dtype), y))
     inputs, logits, labels = (torch.cat(part) for part in zip(*parts, strict=True))
     return Views(inputs, logits, labels)
 
 
-def accuracy(blocks: Sequence[nn.Module], views: Views, runtime: Runtime, batch_size: int = 500) -> float:
+def accuracy(blocks: Sequence[nn.Module], views: Views, runtime: Runtime) -> float:
     """Share of views whose largest logit, after the blocks behind the stem, is at the label."""
     correct = torch.zeros((), dtype=torch.int64, device=views.labels.device)
     with still(nn.ModuleList(blocks)), runtime.autocast():
-        for x, y in zip(views.inputs.split(batch_size), views.labels.split(batch_size), strict=True):
-            correct += (chain(blocks, x.clone()).argmax(1) == y).sum()
+        for x, y in zip(views.inputs.split(500), views.labels.split(500), strict=True):
+            correct += (through(blocks, x.clone()).argmax(1) == y).sum()
     return int(correct) / len(views.labels)
 
 
@@ -338,7 +280,7 @@ class NetGraft:
         assert self.optimizer is not None
         rows = self.batches(self.steps).to(self.runtime.device)
         with self.runtime.autocast():
-            z_s = chain(self.behind, chain(self.learning, self.inputs[rows])).to(self.runtime.dtype)
+            z_s = through(self.behind, through(self.learning, self.inputs[rows])).to(self.runtime.dtype)
         loss = distance(z_s, self.views.logits[rows])
         update(self.optimizer, loss, self.scaler)
         self.steps += 1
@@ -359,7 +301,7 @@ class NetGraft:
             self.inputs = self.views.inputs
         else:
             with torch.no_grad(), self.runtime.autocast():
-                self.inputs = torch.cat([chain(before, x.clone()) for x in self.views.inputs.split(256)])
+                self.inputs = torch.cat([through(before, x.clone()) for x in self.views.inputs.split(256)])
         for scion in self.learning:
             scion.train()
         if len(self.learning) > 1:
@@ -413,135 +355,3 @@ def merge(stem: nn.Module, scions: Sequence[Scion], inputs: Tensor, *, naively: 
         junction = None if scion.a_out is None else affine(scion.a_out)
         merged.add_module(scion.name.replace(".", "_"), block.to(inputs.device, torch.float32))
     return merged.requires_grad_(True).eval()
-
-
-@dataclass(frozen=True)
-class WholeSettings:
-    """How the baselines learn.
-
-    Attributes:
-        objective: "grafting loss" (the same distance, without grafting), "KD" (KL at `temperature`), "labels"
-            (cross-entropy) or "hints" (FitNets: first the block outputs by regression, then KD).
-        n_steps, batch_size, lr: updates, views per update, Adam.
-        hint_share: share of the updates that are hints.
-    """
-
-    objective: str
-    n_steps: int = 960
-    batch_size: int = 64
-    lr: float = 1e-3
-    temperature: float = 4.0
-    hint_share: float = 0.5
-
-    def __post_init__(self) -> None:
-        check_positive(self, "n_steps", "batch_size", "lr", "temperature")
-        if self.objective not in OBJECTIVES:
-            raise unknown("objective", self.objective, OBJECTIVES)
-
-
-class Whole:
-    """The baselines: the same student behind the same stem, on the same views, all of its blocks at once."""
-
-    data_free: ClassVar[bool] = False
-    PARTS = ("steps", "scions", "optimizer", "scaler")
-
-    def __init__(
-        self, teacher: Blocks, scions: Sequence[Scion], views: Views, settings: WholeSettings, runtime: Runtime
-    ) -> None:
-        self.settings, self.runtime, self.views = settings, runtime, views
-        self.teacher = [freeze(runtime.prepare(block)) for block in teacher.values()][1:]
-        self.scions = runtime.prepare(nn.ModuleList(scions)).train()
-        first = scions[0].a_in
-        self.student = [*([] if first is None else [first]), *(scion.body for scion in scions)]
-        self.optimizer = Adam(self.scions.parameters(), settings.lr, fused=True)
-        self.batches = minibatches(len(views.logits), settings.batch_size, seed=runtime.seed)
-        self.scaler = runtime.scaler()
-        self.n_steps, self.steps = settings.n_steps, 0
-
-    def step(self) -> dict[str, Tensor]:
-        """One update of the whole student; returns {"loss": ...}, detached."""
-        rows = self.batches(self.steps).to(self.runtime.device)
-        x, dtype = self.views.inputs[rows], self.runtime.dtype
-        if self.settings.objective == "hints" and self.steps < self.settings.hint_share * self.n_steps:
-            with self.runtime.autocast():
-                loss = self.hint_loss(x)
-        else:
-            with self.runtime.autocast():
-                z_s = chain(self.student, x).to(dtype)
-            z_t = self.views.logits[rows]
-            if self.settings.objective == "labels":
-                loss = cross_entropy(z_s, self.views.labels[rows])
-            elif self.settings.objective == "grafting loss":
-                loss = distance(z_s, z_t) / len(rows)
-            else:
-                loss = kl(z_s, z_t, self.settings.temperature)
-        update(self.optimizer, loss, self.scaler)
-        self.steps += 1
-        return {"loss": loss.detach()}
-
-    def hint_loss(self, x: Tensor) -> Tensor:
-        """sum_l mean || a_l(h_l) - t_l ||^2 over the blocks but the last: a_l, the out-adapter, is the regressor."""
-        dtype = self.runtime.dtype
-        ours = x if self.scions[0].a_in is None else self.scions[0].a_in(x)  # type: ignore[operator]
-        losses = []
-        for scion, block in zip(self.scions[:-1], self.teacher[:-1], strict=True):
-            with torch.no_grad():
-                x = block(x)
-            ours = scion.body(ours)  # type: ignore[operator]
-            guess = ours if scion.a_out is None else scion.a_out(ours)  # type: ignore[operator]
-            losses.append(F.mse_loss(guess.to(dtype), x.to(dtype)))
-        return torch.stack(losses).sum()
-
-    def state_dict(self) -> dict[str, Any]:
-        """See :class:`dfkd_lib.training.fit.Method`."""
-        return state_of(self, self.PARTS)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`dfkd_lib.training.fit.Method`."""
-        restore_state(self, self.PARTS, state)
-
-
-def graft(
-    teacher: nn.Module | Blocks,
-    student: nn.Module | Blocks,
-    images: ImageSet,
-    *,
-    at: Sequence[str] = (),
-    at_student: Sequence[str] | None = None,
-    settings: Settings | None = None,
-    runtime: Runtime | None = None,
-    n_views: int = 2048,
-    pad: int = 4,
-    flip: bool = True,
-) -> nn.Sequential:
-    """Graft a student of your own into a teacher of your own, on a few unlabelled images; no adapter is left.
-
-    Args:
-        teacher: trained; images [B, C, H, W] in [0, 1] -> logits. It is frozen and stays as it is.
-        student: with the same resolutions at the cuts. Everything before the first cut is replaced by the teacher's.
-        at: names of the modules at which a block starts, see :func:`cut`; `at_student` if the student's differ. Not
-            needed for networks that are given as blocks.
-        settings: `block_steps` has one number, or one per cut.
-        n_views: shifted (by `pad`) and mirrored (if `flip`) views of the images that are made once.
-
-    Returns:
-        The merged student in eval mode: what :func:`merge` gives.
-
-    Raises:
-        InputError: the networks cannot be cut there or do not fit; the message names the block.
-    """
-    runtime = runtime or Runtime.choose()
-    x = runtime.images(images.batch(range(min(2, len(images))))[0])
-    cuts = {"teacher": at, "student": at_student or at}
-    parts = {
-        role: {name: runtime.prepare(block) for name, block in given.items()}
-        if isinstance(given, dict)
-        else cut(runtime.prepare(given), cuts[role], x)
-        for role, given in (("teacher", teacher), ("student", student))
-    }
-    blocks = {name: freeze(block) for name, block in parts["teacher"].items()}
-    made = scions(blocks, parts["student"], x)
-    views = look(blocks, images, runtime, n_views=n_views, pad=pad, flip=flip)
-    method = NetGraft(blocks, made, views, settings or Settings(block_steps=(200,)), runtime)
-    fit(method, method.n_steps, name="grafting")
-    return merge(blocks[STEM], made, views.inputs)

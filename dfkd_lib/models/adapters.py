@@ -8,6 +8,7 @@ scalar bias is then wrong; :class:`ConvWithBiasMap` carries one that depends on 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,13 @@ def affine(layer: nn.Module) -> tuple[Tensor, Tensor]:
     """Matrix A [c_out, c_in] and bias a [c_out] of an adapter: detached, float64, on the processor."""
     assert isinstance(layer, nn.Conv2d | nn.Linear) and layer.bias is not None
     return layer.weight.detach().flatten(1).cpu().double(), layer.bias.detach().cpu().double()
+
+
+def set_affine(layer: Any, matrix: Tensor, bias: Tensor) -> None:
+    """Give a convolution or linear layer these weights, of any shape with as many numbers, and this bias."""
+    with torch.no_grad():
+        layer.weight.copy_(matrix.reshape(layer.weight.shape))
+        layer.bias.copy_(bias)
 
 
 def compose(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
