@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -56,9 +57,19 @@ class Tasks:
         """Classes of the union, C."""
         return 1 + max(itertools.chain(*self.columns))
 
+    def places(self, task: int, device: torch.device) -> Tensor:
+        """The columns of a task as int64 on a device, the same tensor each time: it is brought there once."""
+        return _on_device(self.columns[task], device)
+
     def holds(self, task: int, labels: Tensor) -> Tensor:
         """Whether labels (int64, of the union) belong to a task."""
-        return torch.isin(labels, torch.tensor(self.columns[task], device=labels.device))
+        return torch.isin(labels, self.places(task, labels.device))
+
+
+@lru_cache
+def _on_device(columns: tuple[int, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # what inference makes could not be used where something learns
+        return torch.tensor(columns, device=device)
 
 
 def centred(logits: Tensor) -> Tensor:
@@ -78,8 +89,8 @@ def union(logits: Sequence[Tensor], tasks: Tasks, *, centre: bool = True) -> Ten
     """
     total = logits[0].new_zeros(len(logits[0]), tasks.n_classes)
     known = torch.zeros(tasks.n_classes, device=total.device, dtype=total.dtype)
-    for z, columns in zip(logits, tasks.columns, strict=True):
-        at = torch.tensor(columns, device=total.device)
+    for t, z in enumerate(logits):
+        at = tasks.places(t, total.device)
         total = total.index_add(1, at, centred(z) if centre else z)
         known = known.index_add(0, at, torch.ones_like(known[at]))
     return total / known
@@ -231,7 +242,10 @@ class Amalgam:
         self.student = runtime.prepare(student).train()
         self.views = Views(images, settings, runtime, "amalgamation views")
         self.randomness = self.views.randomness
-        must_fit(self.teachers, self.student, tasks, runtime.images(images.batch(range(1))[0]))
+        x = runtime.images(images.batch(range(1))[0])
+        must_fit(self.teachers, self.student, tasks, x)
+        for t in range(len(teachers)):
+            tasks.places(t, x.device)  # brought there now, not in the first step
         self.optimizer, self.scaler, self.steps = adam(self.student, settings.lr), runtime.scaler(), 0
         self.parts: tuple[str, ...] = self.PARTS
         self.term = None if term is None else runtime.prepare(term).train()

@@ -148,6 +148,10 @@ class Adaptive:
         self.bridges = runtime.prepare(self.bridges).train()
         self.optimizer, self.bridge_optimizer = adam(self.student, settings.lr), adam(self.bridges, settings.lr_term)
         self.scaler, self.steps = runtime.scaler(), 0
+        self.outputs, self.heads = (
+            [torch.tensor([*at], dtype=torch.int64, device=runtime.device) for at in chosen]
+            for chosen in ([s.outputs for s in sources], [s.heads for s in sources])
+        )
 
     def _channels(self, x: Tensor) -> list[list[int]]:
         """Channels at the places of all networks, the student first."""
@@ -182,8 +186,9 @@ class Adaptive:
                     z, f_t = look(self.networks[t], x, self.places[t + 1])
                 s, f_s = look(self.student, x, self.places[0])
                 features.append(bridges(f_s, f_t))
-            s = s.to(dtype)[:, list(source.heads)] if source.heads else s.to(dtype)
-            logits.append(F.mse_loss(bridges.mu * s, z.to(dtype)[:, list(source.outputs)]))  # type: ignore[operator]
+            s = s.to(dtype).index_select(1, self.heads[t]) if source.heads else s.to(dtype)
+            z = z.to(dtype).index_select(1, self.outputs[t])
+            logits.append(F.mse_loss(bridges.mu * s, z))  # type: ignore[operator]
             norms.append(bridges.norm())  # type: ignore[operator]
         terms = {
             name: torch.stack(parts).sum()

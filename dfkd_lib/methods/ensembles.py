@@ -95,7 +95,7 @@ def right(scores: Tensor, labels: Tensor, tasks: Tasks, task: int | None = None)
     """
     if task is None:
         return scores.argmax(1) == labels
-    at = torch.tensor(tasks.columns[task], device=scores.device)
+    at = tasks.places(task, scores.device)
     return at[scores[:, at].argmax(1)] == labels
 
 

@@ -81,9 +81,9 @@ def few_shot(images: ImageSet, k: int, *, seed: int) -> Tensor:
         raise InputError(
             f"{images.name} has no class labels, so K images per class cannot be drawn; use all its images"
         )
-    chosen = []
+    labels, chosen = images.labels.cpu(), []
     for c in range(images.n_classes):
-        members = (images.labels.cpu() == c).nonzero()[:, 0]
+        members = (labels == c).nonzero()[:, 0]
         if not 0 < k <= len(members):
             raise InputError(f"class {images.classes[c]!r} has {len(members)} images; K must be 1 to that, not {k}")
         stream = torch.Generator().manual_seed(seed * 1_000_003 + c)
@@ -331,7 +331,7 @@ class NetGraft:
 def merge(stem: nn.Module, scions: Sequence[Scion], inputs: Tensor, *, naively: bool = False) -> nn.Sequential:
     """The student without adapters: each pair of them becomes one affine map, which the next block absorbs.
 
-    Computed and checked in float64, then given back in the type and on the device of the inputs.
+    Computed and checked in float64, then given back in the type of the scions and on the device of the inputs.
 
     Args:
         stem: of the teacher; the student gets a copy.
@@ -343,6 +343,7 @@ def merge(stem: nn.Module, scions: Sequence[Scion], inputs: Tensor, *, naively: 
     """
     merged = nn.Sequential()
     merged.add_module(STEM, copy.deepcopy(stem))
+    dtype = next(p.dtype for scion in scions for p in scion.parameters())
     x = inputs[:4].cpu().double().contiguous()
     junction: tuple[Tensor, Tensor] | None = None
     for scion in scions:
@@ -353,5 +354,5 @@ def merge(stem: nn.Module, scions: Sequence[Scion], inputs: Tensor, *, naively: 
         with torch.no_grad():
             x = block(x)
         junction = None if scion.a_out is None else affine(scion.a_out)
-        merged.add_module(scion.name.replace(".", "_"), block.to(inputs.device, torch.float32))
+        merged.add_module(scion.name.replace(".", "_"), block.to(inputs.device, dtype))
     return merged.requires_grad_(True).eval()

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..errors import InputError, unknown
@@ -147,7 +146,7 @@ def without_norms(network: Chain) -> Chain:
     for layer in network.layers:
         new = copy.deepcopy(layer.linear[0])
         if new.bias is None:
-            new.bias = nn.Parameter(torch.zeros(len(new.weight)))
+            new.bias = nn.Parameter(new.weight.new_zeros(len(new.weight)))
         new.reset_parameters()
         layers.append(Layer(layer.name, nn.Sequential(new), copy.deepcopy(layer.rho)))
     return Chain(copy.deepcopy(network.before), layers)
