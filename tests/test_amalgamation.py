@@ -402,6 +402,24 @@ def test_subsets_partition_the_images(float32: Runtime) -> None:
     assert customised.batch_sizes([99, 1], 64) == [63, 2]
 
 
+@pytest.mark.parametrize("make", [component, target])
+def test_one_batch_of_different_images_and_one_pass_of_the_student(
+    make: Callable[..., Adaptive], float32: Runtime
+) -> None:
+    method = make(float32)
+    seen: list[list[Tensor]] = [[] for _ in range(3)]
+    for network, given in zip([method.student, *method.networks], seen, strict=True):
+        network.register_forward_pre_hook(lambda _, inputs, given=given: given.append(inputs[0]))
+    method.step()
+    (x,), *shares = seen
+    assert len(x.flatten(1).unique(dim=0)) == len(x) == QUICK.batch_size
+    (first,), (second,) = shares
+    if make is target:
+        assert torch.equal(first, x) and torch.equal(second, x)
+    else:
+        assert torch.equal(torch.cat([first, second]), x) and 2 <= len(first) < len(x)
+
+
 def test_the_norm_penalty_and_the_trivial_solution() -> None:
     bridge = nn.Conv2d(4, 2, 1)
     with torch.no_grad():

@@ -105,8 +105,9 @@ class Bridges(nn.Module):
 class Adaptive:
     """One student regresses the features and logits of several sources: either stage of the amalgamation.
 
-    Component: each source has its own images, `two_sided` bridges and the norm penalty. Target: the sources are
-    component nets, each has its own head of the student and all images, and the bridges are one-sided.
+    Component: each source has its own images, and a share of each batch in proportion; `two_sided` bridges and the
+    norm penalty. Target: the sources are component nets, each has its own head of the student, all see the same
+    batch, and the bridges are one-sided. The student sees the whole batch in one pass.
 
     Args:
         places: modules whose outputs [B, C, H, W] are compared, taken before an activation: of the student, and of
@@ -136,13 +137,16 @@ class Adaptive:
         self.places = [list(at) for at in places] or [[] for _ in range(len(sources) + 1)]
         if len(self.places) != len(sources) + 1:
             raise InputError(f"{len(sources)} sources and a student need {len(sources) + 1} lists of places")
-        own = [images if source.rows is None else images.take(source.rows) for source in sources]
-        sizes = batch_sizes([len(part) for part in own], settings.batch_size)
-        self.views = [Views(part, settings, runtime, f"source {t} views", n)
-                      for t, (part, n) in enumerate(zip(own, sizes, strict=True))]  # fmt: skip
-        for t, view in enumerate(self.views):
-            setattr(self, f"randomness_{t}", view.randomness)
-        self.parts = (*self.PARTS, *(f"randomness_{t}" for t in range(len(sources))))
+        shared = all(source.rows is None for source in sources)
+        sets = [images] if shared else [images if s.rows is None else images.take(s.rows) for s in sources]
+        sizes = batch_sizes([len(part) for part in sets], settings.batch_size)
+        self.views = [Views(part, settings, runtime, f"source {i} views", n)
+                      for i, (part, n) in enumerate(zip(sets, sizes, strict=True))]  # fmt: skip
+        ends = [*itertools.accumulate(sizes, initial=0)]
+        self.shares = [slice(None)] * len(sources) if shared else [slice(*ends[t : t + 2]) for t in range(len(sources))]
+        for i, view in enumerate(self.views):
+            setattr(self, f"randomness_{i}", view.randomness)
+        self.parts = (*self.PARTS, *(f"randomness_{i}" for i in range(len(self.views))))
         channels = self._channels(runtime.images(images.batch(range(2))[0]))
         self.bridges = nn.ModuleList(Bridges(channels[0], c, two_sided=two_sided) for c in channels[1:])
         self.bridges = runtime.prepare(self.bridges).train()
@@ -176,17 +180,19 @@ class Adaptive:
         return [[shape[1] for shape in found] for found in shapes]
 
     def step(self) -> dict[str, Tensor]:
-        """One update from a batch of every source; returns {"features", "logits", "norm"}, detached."""
+        """One update on a batch of which each source sees its share; returns its three terms, detached."""
         dtype = self.runtime.dtype
         features, logits, norms = [], [], []
-        for t, (source, view) in enumerate(zip(self.sources, self.views, strict=True)):
-            x, bridges = view.batch(self.steps), self.bridges[t]
+        x = torch.cat([view.batch(self.steps) for view in self.views])
+        with self.runtime.autocast():
+            s_all, f_s = look(self.student, x, self.places[0])
+        for t, (source, share) in enumerate(zip(self.sources, self.shares, strict=True)):
+            bridges, s = self.bridges[t], s_all[share].to(dtype)
             with self.runtime.autocast():
                 with torch.no_grad():
-                    z, f_t = look(self.networks[t], x, self.places[t + 1])
-                s, f_s = look(self.student, x, self.places[0])
-                features.append(bridges(f_s, f_t))
-            s = s.to(dtype).index_select(1, self.heads[t]) if source.heads else s.to(dtype)
+                    z, f_t = look(self.networks[t], x[share], self.places[t + 1])
+                features.append(bridges([f[share] for f in f_s], f_t))
+            s = s.index_select(1, self.heads[t]) if source.heads else s
             z = z.to(dtype).index_select(1, self.outputs[t])
             logits.append(F.mse_loss(bridges.mu * s, z))  # type: ignore[operator]
             norms.append(bridges.norm())  # type: ignore[operator]
