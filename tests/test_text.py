@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,7 +16,7 @@ import torch
 
 from dfkd_lib.data import no_training_data, text
 from dfkd_lib.data.sentences import SentenceSet, Vocabulary
-from dfkd_lib.errors import DataFreeViolation, DataUnavailable, InputError
+from dfkd_lib.errors import DamagedFile, DataFreeViolation, DataUnavailable, InputError
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.training.finetuning import Recipe
 
@@ -58,6 +60,28 @@ def test_with_a_training_file_every_tenth_of_a_class_is_held_out(news):
     for stored in ("train", "test"):
         frame.to_csv(news / "imdb" / f"{stored}.csv.xz", index=False)
     assert [len(text.texts("imdb", split)[0]) for split in text.SPLITS] == [36, 4, 40]
+
+
+def test_what_is_fetched_is_read_back_letter_by_letter(tmp_path, monkeypatch):
+    written = ['a "b", c', "two\nlines", "", "NA", "é \u2028 \t"]
+    hub = SimpleNamespace(load_dataset=lambda name, split: {"text": written, "label": [0, 1, 0, 1, 1]})
+    monkeypatch.setitem(sys.modules, "datasets", hub)
+    monkeypatch.setenv("DFKD_DATA", str(tmp_path))
+    found, labels = text.texts("imdb", "test")
+    assert sorted(zip(found, labels.tolist(), strict=True)) == sorted(zip(written, [0, 1, 0, 1, 1], strict=True))
+    assert pd.read_csv(tmp_path / "imdb" / "test.csv.xz", keep_default_na=False)["text"].tolist() == written
+
+
+@pytest.mark.parametrize(
+    "table", ["text,label\na,x\n", "text,kind\na,0\n", "text,label\na\n", "text,label\na,2\n", None]
+)
+def test_a_table_that_cannot_be_used_is_named(tmp_path, monkeypatch, table):
+    monkeypatch.setenv("DFKD_DATA", str(tmp_path))
+    (tmp_path / "imdb").mkdir()
+    path = tmp_path / "imdb" / "test.csv.xz"
+    path.write_bytes(b"not packed" if table is None else lzma.compress(table.encode()))
+    with pytest.raises(DamagedFile, match=r"not a table|outside"):
+        text.texts("imdb", "test")
 
 
 def test_training_text_is_closed_to_data_free_methods(news):

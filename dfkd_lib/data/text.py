@@ -7,7 +7,9 @@ used as it is; what is missing is fetched from Hugging Face through the package 
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import lzma
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -149,15 +151,14 @@ def texts(name: str, split: str) -> tuple[list[str], np.ndarray]:
 
 
 def _read(name: str, stored: str) -> tuple[list[str], np.ndarray]:
-    import pandas as pd
-
     path = data_root() / name / f"{stored}.csv.xz"
     if not path.is_file():
         _fetch(name, stored, path)
     try:
-        frame = pd.read_csv(path)
-        written, labels = [str(text) for text in frame["text"]], frame["label"].to_numpy(np.int64)
-    except (KeyError, ValueError, OSError, EOFError) as e:
+        with lzma.open(path, "rt", encoding="utf-8", newline="") as f:
+            rows = list(csv.DictReader(f))
+        written, labels = [row["text"] for row in rows], np.array([int(row["label"]) for row in rows], np.int64)
+    except (KeyError, TypeError, ValueError, OSError, EOFError, lzma.LZMAError, csv.Error) as e:
         raise DamagedFile(f"{path} is not a table of text and label; delete it to have it made anew") from e
     if len(labels) and not 0 <= labels.min() <= labels.max() < len(info(name).classes):
         raise DamagedFile(f"{path} has labels outside 0..{len(info(name).classes) - 1}; delete it")
@@ -171,8 +172,6 @@ def _fetch(name: str, stored: str, path: Path) -> None:
         import datasets
     except ImportError:
         raise DataUnavailable(f"{name} is not on disk; {remedy}, or python -m pip install datasets") from None
-    import pandas as pd
-
     about = info(name)
     print(f"downloading {name} ({stored}) once, to {path}", flush=True)
     try:
@@ -180,9 +179,12 @@ def _fetch(name: str, stored: str, path: Path) -> None:
     except Exception as e:  # the package raises many kinds of errors where there is no network
         raise DataUnavailable(f"{name}: {about.hub} cannot be reached ({type(e).__name__}); {remedy}") from e
     written = [" ".join(parts) for parts in zip(*(rows[column] for column in about.columns), strict=True)]
-    with lock(path.with_suffix(".lock")), replace_file(path) as temporary:
-        frame = pd.DataFrame({"text": written, "label": rows["label"]})
-        frame.to_csv(temporary, index=False, compression="xz")
+    with (
+        lock(path.with_suffix(".lock")),
+        replace_file(path) as temporary,
+        lzma.open(temporary, "wt", encoding="utf-8", newline="") as f,
+    ):
+        csv.writer(f).writerows([("text", "label"), *zip(written, rows["label"], strict=True)])
 
 
 def transformers_or_error() -> Any:
