@@ -1,4 +1,6 @@
-"""Named image datasets as tensors on a device; the guard of data-free methods; augmentation."""
+"""Named datasets as tensors on a device, images here and sentences in `text`; folders of one's own; the guard of
+data-free methods; augmentation. Imports what lies below it alone: runtime, files, locations, errors.
+"""
 
 from .augment import crop_flip, minibatches, paired_crop_flip, resized_crop_flip
 from .catalogue import DatasetInfo, info, names

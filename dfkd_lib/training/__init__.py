@@ -1,5 +1,6 @@
 """How any player learns: the one loop with its checkpoints, progress and budget, optimisers and schedules, and the
-two trainings that every paper builds on, on labels and on a teacher's logits.
+trainings that every paper builds on: on labels (supervised for images, finetuning for sentences) and on a teacher's
+logits (kd).
 
 Imports data, losses, taps, banks and what lies below them; knows no method and no model by name.
 """
