@@ -24,7 +24,7 @@ from ..files import lock, read_json, sha256, write_json
 from ..locations import cache_root
 from ..runtime import Runtime
 from ..training import checkpoints
-from ..training.finetuning import FineTuning, Recipe
+from ..training.finetuning import FineTuning, Recipe, key_mask
 from ..training.fit import fit
 from ..training.modes import evaluating
 from ..training.players import freeze
@@ -163,7 +163,8 @@ def predictions(network: Any, sentences: SentenceSet, runtime: Runtime, batch_si
     found = []
     with evaluating(network), runtime.autocast():
         for ids, mask, _ in sentences.batches(batch_size):
-            found.append(network(input_ids=ids, attention_mask=mask).logits.argmax(1))
+            attended = key_mask(mask if sentences.padded else None, runtime.dtype)
+            found.append(network(input_ids=ids, attention_mask=attended).logits.argmax(1))
     return torch.cat(found)
 
 
