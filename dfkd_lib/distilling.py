@@ -27,7 +27,7 @@ from .methods.distiller import BankDistiller, common_classes
 from .models import Normalize, count_parameters
 from .runtime import Runtime, hardware
 from .training.budget import Budget
-from .training.fit import Fit, fit
+from .training.fit import Fit, fit, resumed
 from .training.players import freeze, no_weight_gradients
 
 _FRESH = 256  # synthetic images on which the networks are compared
@@ -140,7 +140,7 @@ def distill(
         n_classes = common_classes(players[0], players[1], image_shape, runtime)
         if n_classes != num_classes:
             raise InputError(f"num_classes is {num_classes}, but the teacher has {n_classes} logits")
-        asked = {
+        asked: dict[str, Any] = {
             "method": method,
             "preset": preset,
             "image_shape": list(image_shape),
@@ -162,6 +162,7 @@ def distill(
             n_calls(algorithm),
             name=name,
             checkpoint=folder / "checkpoint.safetensors" if folder else None,
+            identity={"seed": seed, **asked["settings"], **asked},
             progress=progress,
         )
         budget = copy.copy(algorithm.budget)
@@ -184,6 +185,7 @@ def distill(
         "networks": {"teacher": count_parameters(teacher), "student": count_parameters(student)},
         "budget": budget.state_dict(),
         "seconds": round(run.seconds, 1),
+        "resumed": resumed(run),
         "metrics": {f"distill/{method}/{measure}": value for measure, value in measured.items()},
         "best": {},
         "finished": records.now(),

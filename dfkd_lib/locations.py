@@ -1,11 +1,23 @@
-"""Where things lie: the cache, the data root, the book. Each can be moved by an environment variable."""
+"""Where things lie: this package, the cache, the data root, the book. All but the first can be moved by environment
+variables."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+from functools import cache
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
+
+
+@cache
+def code_fingerprint() -> str:
+    """Hash of the library's source files, 12 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def cache_root() -> Path:

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import math
 import platform
 from datetime import UTC, datetime
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from . import __version__
 from .errors import DamagedFile
 from .files import read_json, write_json
-from .locations import PACKAGE, book_root
+from .locations import book_root, code_fingerprint
 
 SCHEMA = 1
 SCALES = ("paper", "gpu", "cpu", "smoke")
 _KEYS = {"schema", "chapter", "profile", "parameters", "seed", "metrics", "best", "seconds", "finished"}
-
-
-@cache
-def code_fingerprint() -> str:
-    """Hash of the library's source files, 12 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
-        digest.update(path.relative_to(PACKAGE).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:12]
 
 
 def provenance() -> dict[str, Any]:

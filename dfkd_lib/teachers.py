@@ -24,7 +24,7 @@ from .locations import cache_root
 from .measures.evaluation import evaluate
 from .runtime import Runtime
 from .training import checkpoints
-from .training.fit import fit
+from .training.fit import fit, resumed
 from .training.players import freeze
 from .training.supervised import Recipe, Supervised
 
@@ -136,6 +136,7 @@ def _train(
         evaluate=lambda: evaluate(module, test, runtime),
         eval_every=max(1, method.n_steps // 10),
         checkpoint=partial,
+        identity=wanted,
     )
     checkpoints.save(path, module.state_dict())
     facts = wanted | {
@@ -143,6 +144,7 @@ def _train(
         "test": {measure: result.final(measure) for measure in result.measures},
         "curve": {measure: result.evaluations(measure) for measure in result.measures},
         "seconds": result.seconds,
+        "resumed": resumed(result),
         "runtime": runtime.describe(),
         "sha256": sha256(path),
     }

@@ -224,19 +224,6 @@ def test_teachers_stay_as_they_are_and_the_student_learns(make: Callable[..., Am
     assert not same(student, state(method.student))
 
 
-@pytest.mark.parametrize("make", METHODS)
-def test_a_resumed_run_is_the_uninterrupted_one(make: Callable[..., Amalgam], float32: Runtime) -> None:
-    whole, first, second = make(float32), make(float32), make(float32)
-    for _ in range(4):
-        whole.step()
-    for _ in range(2):
-        first.step()
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    for _ in range(2):
-        second.step()
-    assert same(state(whole.student), state(second.student))
-
-
 def test_one_teacher_is_plain_distillation(float64: Runtime) -> None:
     teacher, student = network(3), network(3, seed=9)
     method = Amalgam([teacher], student, images(), Tasks.disjoint([3]), Settings(2, batch_size=8), float64)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 from itertools import pairwise
 
@@ -23,7 +22,6 @@ from dfkd_lib.methods.as_dfd_baselines import ModifiedZSKD, ModifiedZSKT, Random
 from dfkd_lib.methods.text_distiller import Sentences, look
 from dfkd_lib.models import text as networks
 from dfkd_lib.training.finetuning import Recipe
-from dfkd_lib.training.fit import fit
 
 SMALL = Settings(length=12, min_length=5, batch_size=6, craft_steps=4, eta=0.5, lr=1e-3, n_updates=20)
 VOCABULARY = text.digit_vocabulary()
@@ -317,33 +315,6 @@ def test_the_same_seed_gives_the_same_embeddings(float32):
     first, again = method(float32).construct()[0].e, method(float32).construct()[0].e
     other = method(replace(float32, seed=1)).construct()[0].e
     assert torch.equal(first, again) and not torch.equal(first, other)
-
-
-@pytest.mark.parametrize("kind", [ASDFD, ModifiedZSKT, ModifiedZSKD, RandomText])
-def test_a_resumed_run_equals_an_uninterrupted_one(float32, kind):
-    settings = replace(SMALL, replay=1, memory=2)
-    whole = method(float32, settings, kind)
-    for _ in range(4):
-        whole.step()
-    begun = method(float32, settings, kind)
-    for _ in range(2):
-        begun.step()
-    state = copy.deepcopy(begun.state_dict())
-    resumed = method(float32, settings, kind)
-    resumed.load_state_dict(state)
-    torch.rand(7)  # torch's own stream must not matter
-    for _ in range(2):
-        resumed.step()
-    assert same(snapshot(whole.student), snapshot(resumed.student))
-
-
-def test_a_checkpoint_on_disk_holds_everything(float32, tmp_path):
-    path = tmp_path / "c.safetensors"
-    whole = method(float32, replace(SMALL, replay=1))
-    fit(whole, 3, name="whole", checkpoint=path, progress=False)
-    again = method(float32, replace(SMALL, replay=1))
-    assert fit(again, 3, name="whole", checkpoint=path, progress=False).resumed_at == 3
-    assert same(snapshot(whole.student), snapshot(again.student))
 
 
 def test_real_text_is_not_data_free(float32):

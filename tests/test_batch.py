@@ -20,7 +20,7 @@ import pytest
 import tiny_book
 
 from dfkd_lib import records
-from dfkd_lib.reproduction import batch, plans
+from dfkd_lib.reproduction import batch, plans, runs
 from dfkd_lib.reproduction.cli import main
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals differ")
@@ -113,7 +113,8 @@ def in_the_middle(*words: str) -> Iterator[tuple[Batch, Path]]:
 
 
 def finished() -> dict[str, int]:
-    return {path.parent.name: path.stat().st_mtime_ns for path in Path("runs/plan").glob("*/record.json")}
+    found = Path("runs/plan").glob("*/record.json")
+    return {path.parent.name: path.stat().st_mtime_ns for path in found if runs.is_finished(path.parent)}
 
 
 def test_forty_points_with_a_killed_worker_a_failure_and_a_wrong_parameter() -> None:
@@ -191,7 +192,10 @@ def test_a_scheduler_by_address_and_an_interrupt(scheduler: str) -> None:
     assert again.process.returncode == 1
     summary = again.events[-1]
     assert summary["finished"] == 5 and len(summary["failed"]) == len(summary["refused"]) == 1
-    assert before.items() <= finished().items() and summary["before"] == len(before)
+    ran = {e["point"] for e in again.events if e["event"] == "running"}
+    assert before.items() <= finished().items() and not ran & before.keys(), "what was finished is not run again"
+    # A point on the other worker may have come to its end after the interrupt, and even after `before`.
+    assert summary["before"] == 5 - again.count("done") >= len(before)
     assert records.read(folder)["metrics"]["toy/resumed/value"] == 1
     assert len({e["worker"] for e in running.events + again.events if e["event"] == "running"}) == 2
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,7 +21,6 @@ from dfkd_lib.methods.inversion import batch_norm_loss
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.taps import batch_norm_layers, tapped
 from dfkd_lib.teachers import RECIPES, train_or_load
-from dfkd_lib.training import checkpoints
 from dfkd_lib.training.fit import fit
 
 SMALL = Settings(
@@ -367,25 +364,6 @@ def test_published_modes_and_presets_are_valid_settings():
 
 
 # --- runs -------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("changes", [{}, {"cr": 0.0}, {"preinvert": 2, "grow": False}])
-def test_a_resumed_run_equals_an_uninterrupted_one(float32, tmp_path: Path, changes):
-    settings = replace(SMALL, n_updates=8, **changes)
-    whole, first = method(float32, settings), method(float32, settings)
-    for _ in range(5):
-        expected = whole.step()
-    for _ in range(2):
-        first.step()
-    checkpoints.save(tmp_path / "state", first.state_dict())
-    second = method(float32, settings, seed=9, teacher=copy.deepcopy(first.teacher))
-    second.load_state_dict(checkpoints.load(tmp_path / "state"))
-    for _ in range(3):
-        metrics = second.step()
-    assert {k: float(v) for k, v in metrics.items()} == {k: float(v) for k, v in expected.items()}
-    assert same(snapshot(whole.student), snapshot(second.student))
-    assert torch.equal(whole.bank.newest(99), second.bank.newest(99))
-    assert whole.budget.images == second.budget.images
 
 
 def test_seeds_decide_the_losses():

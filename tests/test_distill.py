@@ -289,13 +289,14 @@ def test_an_interrupted_run_continues_to_the_same_result(tmp_path, monkeypatch, 
     assert not (tmp_path / "record.json").exists()
     monkeypatch.setattr(kind, "step", step)
     resumed = dfkd_lib.distill(*teacher_and_student(seed=0), method, out=tmp_path, **options)
-    assert resumed.fit.resumed_at == 3 and resumed.budget.student_updates == 8
+    assert resumed.fit.resumed_at == [3] and resumed.budget.student_updates == 8
     for name, value in whole.student.state_dict().items():
         if name != "calls":  # how often the network was asked, evaluation included
             assert torch.equal(value, resumed.student.state_dict()[name]), name
     assert resumed.agreement == whole.agreement
     again = dfkd_lib.distill(*teacher_and_student(), method, out=tmp_path, **options)
-    assert again.fit.resumed_at == len(again.fit.history) and again.agreement == whole.agreement
+    assert again.fit.history == resumed.fit.history and again.agreement == whole.agreement
+    assert list(again.record["resumed"].values()) == [{"at": [3], "sources": again.fit.sources}]
 
 
 def test_a_folder_of_another_run_is_refused(tmp_path):

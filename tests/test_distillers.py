@@ -63,21 +63,6 @@ def test_each_preset_sets_what_the_method_knows(name, preset):
     assert settings.n_updates % per_call == 0, "all methods end at exactly the same number of updates"
 
 
-@pytest.mark.parametrize("name", distillers.names())
-def test_a_checkpoint_of_any_method_continues_it(float32, tmp_path, name):
-    whole = built(name, float32)
-    n = distillers.n_calls(whole)
-    fit(whole, n, name=name, progress=False)
-    first, second = built(name, float32), built(name, float32)
-    for _ in range(n // 2):
-        first.step()
-    second.load_state_dict(first.state_dict())
-    for _ in range(n - n // 2):
-        second.step()
-    for key, value in whole.student.state_dict().items():
-        assert torch.equal(value, second.student.state_dict()[key]), key
-
-
 def test_a_loop_over_names_needs_nothing_but_the_name(float32):
     """The students of all methods start from the same weights if they are built so."""
     starts = []

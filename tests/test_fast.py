@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from dfkd_lib.methods.inversion import MomentumStatistics, batch_norm_loss
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.taps import Seen
 from dfkd_lib.teachers import RECIPES, train_or_load
-from dfkd_lib.training import checkpoints
 from dfkd_lib.training.fit import fit
 
 SMALL = Settings(
@@ -301,22 +299,6 @@ def test_seeds_decide_the_bank():
         return one.bank.newest(24)
 
     assert torch.equal(images(0), images(0)) and not torch.equal(images(0), images(1))
-
-
-@pytest.mark.parametrize("meta", META)
-def test_a_resumed_run_equals_an_uninterrupted_one(float32, tmp_path: Path, meta):
-    settings = replace(SMALL, meta=meta, reset_l0=4)
-    one, other = method(float32, settings), method(float32, settings, seed=5)
-    for _ in range(2):
-        one.step()
-    checkpoints.save(tmp_path / "state", one.state_dict())
-    other.teacher, other.layers = one.teacher, one.layers
-    other.load_state_dict(checkpoints.load(tmp_path / "state"))
-    for _ in range(3):
-        assert {k: float(v) for k, v in one.step().items()} == {k: float(v) for k, v in other.step().items()}
-    assert same(snapshot(one.student), snapshot(other.student))
-    assert same(snapshot(one.generator), snapshot(other.generator))
-    assert torch.equal(one.bank.newest(40), other.bank.newest(40)) and one.calls == other.calls == 5
 
 
 def test_a_descent_changes_nothing(float32):

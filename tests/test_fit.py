@@ -14,10 +14,11 @@ from conftest import classifier, generator
 from dfkd_lib import files
 from dfkd_lib.data import load
 from dfkd_lib.errors import DamagedFile, DataFreeViolation, DFKDError, NonFiniteLoss
+from dfkd_lib.locations import code_fingerprint
 from dfkd_lib.methods.dfad import DFAD, Settings
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.training import checkpoints
-from dfkd_lib.training.fit import fit
+from dfkd_lib.training.fit import Fit, fit, resumed
 
 
 def game(**settings) -> DFAD:
@@ -51,7 +52,7 @@ def test_an_interrupted_run_resumes_to_the_same_end(tmp_path):
     torch.manual_seed(99)
     second = game()
     resumed = fit(second, 12, name="a", evaluate=lambda: weight(second), eval_every=4, checkpoint=path)
-    assert resumed.resumed_at == 7
+    assert resumed.resumed_at == [7]
     assert resumed.evaluations("accuracy") == expected.evaluations("accuracy")
     for name, value in whole.student.state_dict().items():
         assert torch.equal(value, second.student.state_dict()[name]), name
@@ -64,15 +65,84 @@ def test_a_finished_run_is_not_run_again(tmp_path):
     two = game()
     two.step = None
     again = fit(two, 5, name="a", evaluate=lambda: weight(two), checkpoint=path)
-    assert again.history == done.history
+    assert again.history == done.history and again.resumed_at == []
     assert weight(one) == weight(two)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     path = tmp_path / "a.safetensors"
     fit(game(), 3, name="a", checkpoint=path)
-    with pytest.raises(DamagedFile, match="belongs to 'a' with 3 steps"):
+    with pytest.raises(DamagedFile, match="another run, with n_steps = 3 where this one has n_steps = 4"):
         fit(game(), 4, name="a", checkpoint=path)
+    with pytest.raises(DamagedFile, match="with name = 'a' where this one has name = 'b'"):
+        fit(game(), 3, name="b", checkpoint=path)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"seed": 1, "lr": 0.1, "parts": ["x"]}, "with seed = 0 where this one has seed = 1"),
+        ({"seed": 0, "lr": 0.2, "parts": ["x"]}, "with lr = 0.1 where this one has lr = 0.2"),
+        ({"seed": 0, "lr": 0.1, "parts": ["x", "y"]}, "with parts = "),
+        ({"seed": 0, "lr": 0.1}, "with parts = .* where this one has no parts"),
+        ({"seed": 0, "lr": 0.1, "parts": ["x"], "k": 2}, "with no k where this one has k = 2"),
+        (None, "where this one has no seed"),
+    ],
+)
+def test_a_checkpoint_of_other_parameters_is_refused_before_anything_is_touched(tmp_path, asked, said):
+    path, identity = tmp_path / "a.safetensors", {"seed": 0, "lr": 0.1, "parts": ["x"]}
+    fit(game(), 3, name="a", checkpoint=path, identity=identity)
+    before, other = path.read_bytes(), game()
+    with pytest.raises(DamagedFile, match=said):
+        fit(other, 3, name="a", checkpoint=path, identity=asked)
+    assert path.read_bytes() == before and other.steps == 0 and weight(other) == weight(game())
+    assert fit(game(), 3, name="a", checkpoint=path, identity=identity).history
+
+
+@pytest.mark.parametrize("step", [-1, 0, 4, 2.0, "2", True, None])
+def test_an_impossible_step_is_refused(tmp_path, step):
+    path = tmp_path / "a.safetensors"
+    fit(game(), 3, name="a", checkpoint=path)
+    checkpoints.save(path, checkpoints.load(path) | {"step": step})
+    with pytest.raises(DamagedFile, match=rf"a\.safetensors is damaged: it says step {step!r} of 3"):
+        fit(game(), 3, name="a", checkpoint=path)
+
+
+def test_a_checkpoint_of_other_networks_or_of_no_run_is_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    fit(game(), 3, name="a", checkpoint=path)
+    wider = game()
+    wider.student = classifier(9)
+    with pytest.raises(DamagedFile, match="does not fit this run"):
+        fit(wider, 3, name="a", checkpoint=path)
+    checkpoints.save(path, game().student.state_dict())
+    with pytest.raises(DamagedFile, match="no checkpoint of a run of this version"):
+        fit(game(), 3, name="a", checkpoint=path)
+
+
+def test_every_break_and_every_version_of_the_library_is_kept(tmp_path, monkeypatch):
+    path, run = tmp_path / "a.safetensors", {"n_steps": 6, "name": "a", "checkpoint": tmp_path / "a.safetensors"}
+
+    def until(step: int) -> None:
+        method = game()
+        method_step = method.step
+        method.step = lambda: method_step() if method.steps < step else {}["interrupted"]
+        with pytest.raises(KeyError):
+            fit(method, **run, checkpoint_every=0)
+
+    until(2)
+    assert checkpoints.load(path)["step"] == 2
+    until(4)
+    monkeypatch.setattr("dfkd_lib.training.fit.code_fingerprint", lambda: "changed")
+    until(5)
+    done = fit(game(), **run)
+    assert done.resumed_at == [2, 4, 5] and done.sources == [code_fingerprint(), "changed"]
+    assert resumed(done) == {"a": {"at": [2, 4, 5], "sources": done.sources}}
+    again = fit(game(), **run)
+    assert resumed(again) == resumed(done), "to read a finished run is no break"
+    whole = fit(game(), 6, name="b")
+    assert resumed(whole) == {}
+    assert resumed(Fit("c", sources=["old"])) == {"c": {"at": [], "sources": ["old"]}}
 
 
 def test_final_and_best_are_kept_apart():
@@ -149,6 +219,37 @@ def test_damaged_checkpoints_are_named(tmp_path, damage):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DamagedFile, match=r"a\.safetensors is damaged"):
         checkpoints.load(path)
+
+
+def test_no_flipped_bit_goes_unseen(tmp_path):
+    path, random = tmp_path / "a.safetensors", torch.Generator().manual_seed(0)
+    state = {"step": 7, "x": torch.rand(6, generator=random), "y": [torch.arange(3), "text", 2.5], "none": []}
+    checkpoints.save(path, state)
+    whole = bytearray(path.read_bytes())
+    missed = []
+    for bit in range(0, 8 * len(whole), 13):
+        whole[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(whole)
+        whole[bit // 8] ^= 1 << bit % 8
+        try:
+            found = checkpoints.load(path)
+        except DamagedFile:
+            continue
+        # The name of the checksum itself may be hit: then there is none, and nothing else has changed.
+        same = found.keys() == state.keys() and torch.equal(found["x"], state["x"]) and found["y"][1:] == state["y"][1:]
+        if not same or not torch.equal(found["y"][0], state["y"][0]) or found["step"] != 7:
+            missed.append(bit)
+    assert not missed
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2, 3), (0, 2, 3, 1), (3, 0, 2, 1)])
+def test_tensors_come_back_in_the_order_in_which_they_lay(tmp_path, axes):
+    lying = torch.rand(2, 3, 4, 5).permute(axes)
+    checkpoints.save(tmp_path / "s", {"x": lying, "part": lying[:, 1:]})
+    loaded = checkpoints.load(tmp_path / "s")
+    assert torch.equal(loaded["x"], lying) and loaded["x"].stride() == lying.stride()
+    assert torch.equal(loaded["part"], lying[:, 1:])
+    assert all(value.data_ptr() % 64 == 0 for value in loaded.values())
 
 
 def test_nested_state_round_trip(tmp_path):

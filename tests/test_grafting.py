@@ -185,36 +185,13 @@ def test_kept_features_give_the_loss_of_two_full_passes(float64):
     assert torch.allclose(grafted, kept, atol=1e-12)
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(float32):
-    for stop in (2, 3, 11):
-        whole, first, second = game(float32), game(float32), game(float32, seed=1)
-        for _ in range(whole.n_steps):
-            whole.step()
-        for _ in range(stop):
-            first.step()
-        second.teacher, second.views = first.teacher, first.views
-        second.load_state_dict(copy.deepcopy(first.state_dict()))
-        for _ in range(whole.n_steps - stop):
-            second.step()
-        assert same(whole.scions.state_dict(), second.scions.state_dict())
-
-
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_baselines_learn_and_resume(float32, objective):
-    def baseline() -> Whole:
-        settings = WholeSettings(objective, n_steps=4, batch_size=8)
-        return Whole(*pair(float32), settings, float32)
-
-    whole, first, second = baseline(), baseline(), baseline()
+def test_baselines_learn(float32, objective):
+    whole = Whole(*pair(float32), WholeSettings(objective, n_steps=4, batch_size=8), float32)
     before = copy.deepcopy(whole.scions.state_dict())
     for _ in range(4):
         assert torch.isfinite(whole.step()["loss"])
     assert not same(before, whole.scions.state_dict())
-    first.step()
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    for _ in range(3):
-        second.step()
-    assert same(whole.scions.state_dict(), second.scions.state_dict())
 
 
 def test_two_adapters_compose_to_one_of_low_rank(float64):

@@ -22,7 +22,6 @@ from dfkd_lib.models.imagenet import imagenet_vgg
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.taps import batch_norm_layers, tapped
 from dfkd_lib.teachers import RECIPES, train_or_load
-from dfkd_lib.training.fit import fit
 
 ALL_KINDS = ("full", "grid-2", "stat", "gram")
 
@@ -254,27 +253,6 @@ def test_a_decoding_descends_on_the_weighted_sum_of_its_terms(float64, schedule,
     assert found == pytest.approx(by_hand, rel=1e-9)
     assert float(metrics["loss"]) == pytest.approx(float(sum(map(sum, errors.values())) + 0.3 * rough) / 2, rel=1e-9)
     assert float(metrics["residual"]) == pytest.approx(float(sum(map(sum, errors.values()))) / 6, rel=1e-9)
-
-
-@pytest.mark.parametrize("schedule", impression.SCHEDULES)
-def test_a_resumed_decoding_equals_an_uninterrupted_one(float32, schedule, tmp_path):
-    def new() -> Decoding:
-        t = template(float32)
-        return Decoding(t, t.encode(images()), images(seed=1), Settings(steps=10, schedule=schedule), float32)
-
-    whole, first, second = new(), new(), new()
-    fit(whole, 10, name="decoding", progress=False)
-    for _ in range(4):
-        first.step()
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    for _ in range(6):
-        second.step()
-    assert torch.equal(whole.images, second.images) and torch.equal(whole.pixels[0], second.pixels[0])
-    saved = new()
-    fit(saved, 10, name="decoding", progress=False, checkpoint=tmp_path / "c.safetensors")
-    again = new()
-    assert fit(again, 10, name="decoding", progress=False, checkpoint=tmp_path / "c.safetensors").resumed_at == 10
-    assert torch.equal(again.images, saved.images)
 
 
 def test_the_progressive_schedule_starts_at_the_deepest_stage():

@@ -273,23 +273,6 @@ def test_distillation_alone_lowers_its_loss(float32):
         method.pictures(2)
 
 
-@pytest.mark.parametrize("without", ["", "discriminator", "images"])
-def test_a_resumed_run_equals_an_uninterrupted_one(float32, without):
-    def make(seed: int) -> MosaicKD:
-        teacher = players()[0]
-        _, student, generator, discriminator = players(seed)
-        images = None if without == "images" else at_hand()
-        return MosaicKD(teacher, student, generator, None if without else discriminator, images, SMALL, float32)
-
-    one, other = make(0), make(9)
-    one.step()
-    one.watch(4)
-    other.load_state_dict(copy.deepcopy(one.state_dict()))
-    for _ in range(2):
-        assert {k: float(v) for k, v in one.step().items()} == {k: float(v) for k, v in other.step().items()}
-    assert all(torch.equal(a, b) for a, b in zip(all_state(one.student), all_state(other.student), strict=True))
-
-
 def test_seeds_decide_the_losses():
     def found(seed: int) -> list[float]:
         method = game(Runtime.choose("cpu", "float32", seed=seed))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -33,7 +32,6 @@ from dfkd_lib.methods.nayer import (
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.taps import tapped
 from dfkd_lib.teachers import RECIPES, train_or_load
-from dfkd_lib.training import checkpoints
 from dfkd_lib.training.fit import fit
 
 SMALL = Settings(
@@ -371,23 +369,6 @@ def test_the_same_seed_gives_the_same_bank():
 
     assert torch.equal(made(0), made(0))
     assert not torch.equal(made(0), made(1))
-
-
-@pytest.mark.parametrize("redraw", [True, False])
-def test_a_resumed_run_equals_an_uninterrupted_one(float32, tmp_path: Path, redraw):
-    settings = replace(SMALL, redraw=redraw, n_updates=10)
-    one, other = method(float32, settings), method(float32, settings, seed=7)
-    other.teacher.load_state_dict(one.teacher.state_dict())
-    for _ in range(3):
-        one.step()
-    checkpoints.save(tmp_path / "state", one.state_dict())
-    other.load_state_dict(checkpoints.load(tmp_path / "state"))
-    torch.manual_seed(5)
-    for _ in range(3):
-        ours, theirs = one.step(), other.step()
-        assert {k: float(v) for k, v in ours.items()} == {k: float(v) for k, v in theirs.items()}
-    assert same(snapshot(one.student), snapshot(other.student))
-    assert torch.equal(one.bank.newest(60), other.bank.newest(60))
 
 
 def test_the_embeddings_are_saved_and_move_with_the_module(float32):

@@ -335,7 +335,6 @@ class Decoding:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :class:`dfkd_lib.training.fit.Method`."""
         restore_state(self, self.PARTS, state)
-        self.images, self.loss = self.images.to(self.runtime.device), self.loss.to(self.runtime.device)
 
 
 def decode(template: Template, target: Impression, start: Tensor, settings: Settings, runtime: Runtime) -> Decoding:

@@ -25,7 +25,7 @@ from ..locations import cache_root
 from ..runtime import Runtime
 from ..training import checkpoints
 from ..training.finetuning import FineTuning, Recipe, key_mask
-from ..training.fit import fit
+from ..training.fit import fit, resumed
 from ..training.modes import evaluating
 from ..training.players import freeze
 
@@ -218,6 +218,7 @@ def train_or_load(
             partial = path.with_suffix(".partial.safetensors")
             result = fit(
                 method, method.n_steps, name=f"teacher {wanted['model']} on {train.name}", checkpoint=partial,
+                identity=wanted,
                 evaluate=lambda: {"accuracy": float((predictions(module, test, runtime) == truth).float().mean())},
             )  # fmt: skip
             checkpoints.save(path, module.state_dict())
@@ -226,6 +227,7 @@ def train_or_load(
                 "test": {"accuracy": result.final("accuracy")},
                 "curve": {"accuracy": result.evaluations("accuracy")},
                 "seconds": result.seconds,
+                "resumed": resumed(result),
                 "runtime": runtime.describe(),
                 "sha256": sha256(path),
             }

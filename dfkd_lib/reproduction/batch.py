@@ -28,7 +28,7 @@ from typing import Any, Literal
 from .. import records
 from ..errors import DFKDError, InputError
 from ..files import lock, replace_file, write_json
-from ..locations import cache_root
+from ..locations import cache_root, code_fingerprint
 from ..training.progress import clock
 from . import plans, runs
 from .plans import FAILED, Plan, Point
@@ -289,7 +289,7 @@ def _run_in(
     from .notebooks import execute
 
     point = task.point
-    records.code_fingerprint.cache_clear()  # the worker lives longer than an edit of the library takes
+    code_fingerprint.cache_clear()  # the worker lives longer than an edit of the library takes
     here = runs.made_of(point.chapter)
     if here != point.made_of:
         what = "chapter" if here["notebook"] != point.made_of["notebook"] else "library"

@@ -22,7 +22,7 @@ from .. import data, records
 from ..errors import NonFiniteLoss
 from ..files import lock, remove_leftovers, replace_file, write_text
 from ..runtime import Runtime, hardware
-from ..training.fit import Fit, Method, fit
+from ..training.fit import Fit, Method, fit, resumed
 from .parameters import parameters
 
 if TYPE_CHECKING:
@@ -104,6 +104,7 @@ class Chapter:
                 watch=watch,
                 checkpoint=checkpoint,
                 checkpoint_every=float(os.environ.get("DFKD_CHECKPOINT_SECONDS", "20")),
+                identity={"chapter": self.name, **self._asked("out", "device", "threads")},
             )
         except NonFiniteLoss as e:
             if not may_diverge:
@@ -139,7 +140,7 @@ class Chapter:
         return {
             "chapter": self.name,
             "profile": self.parameters["profile"],
-            "parameters": {key: value for key, value in self.parameters.items() if key != "out"},
+            "parameters": self._asked("out"),
             "seed": self.parameters["seed"],
             "command": os.environ.get("DFKD_COMMAND", "notebook"),
             **records.provenance(),
@@ -148,10 +149,14 @@ class Chapter:
             "data": [dict(zip(("name", "split", "fingerprint"), opened, strict=True)) for opened in data.opened()],
             "teachers": self.teachers,
             "seconds": round(sum(f.seconds for f in self.fits.values()), 1),
+            "resumed": resumed(*self.fits.values()),
             "metrics": self.metrics,
             "best": self.best,
             "finished": records.now(),
         }
+
+    def _asked(self, *without: str) -> dict[str, Any]:
+        return {key: value for key, value in self.parameters.items() if key not in without}
 
     def finish(self) -> dict[str, Any]:
         """Write `record.json` and `history.csv` into the run's folder, if it has one; returns the record."""

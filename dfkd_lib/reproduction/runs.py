@@ -10,9 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from .. import records
 from ..errors import DamagedFile, InputError
 from ..files import read_json, sha256, write_json
+from ..locations import code_fingerprint
 from ..training.progress import clock, figures
 from .parameters import notebook_path
 
@@ -58,7 +58,7 @@ def is_finished(folder: Path) -> bool:
 
 def made_of(chapter: str) -> dict[str, str]:
     """What a run's result depends on besides its parameters: fingerprints of the notebook and of the library."""
-    return {"notebook": sha256(notebook_path(chapter))[:12], "code": records.code_fingerprint()}
+    return {"notebook": sha256(notebook_path(chapter))[:12], "code": code_fingerprint()}
 
 
 class Follow:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..data import no_training_data
 from ..errors import DamagedFile, NonFiniteLoss
+from ..locations import code_fingerprint
 from . import checkpoints
 from .progress import Progress
 
@@ -47,14 +48,17 @@ class Fit:
             evaluation where there was one.
         measures: names of what was evaluated, such as "accuracy".
         snapshots: {step: {name: tensor}} as returned by `watch`.
-        resumed_at: the step that a checkpoint continued from; 0 for a run from the start.
+        resumed_at: the steps that a checkpoint was continued from, in order; empty for a run without a break. To read
+            a finished run again is no break.
+        sources: fingerprints of the library's source that took the steps, in order: see :func:`fit`.
     """
 
     name: str
     history: list[dict[str, float]] = field(default_factory=list)
     measures: list[str] = field(default_factory=list)
     snapshots: dict[int, dict[str, Tensor]] = field(default_factory=dict)
-    resumed_at: int = 0
+    resumed_at: list[int] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
 
     @property
     def seconds(self) -> float:
@@ -84,6 +88,7 @@ def fit(
     watch: Callable[[], dict[str, Tensor]] | None = None,
     checkpoint: Path | None = None,
     checkpoint_every: float = 60.0,
+    identity: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Fit:
     """Take `n_steps` outer iterations of a method.
@@ -94,7 +99,13 @@ def fit(
     same result as an uninterrupted one. While a data-free method runs, opening or reading training data
     anywhere in the process is an error.
 
+    A checkpoint of another identity is refused. One that another version of this library wrote is continued: most
+    edits move no number, and hours of work would be lost to them. But :attr:`Fit.sources`, and with it the record,
+    then names more than one version.
+
     Args:
+        identity: what determines the run besides its name, such as its parameters and seed: numbers, strings, None
+            and lists of them, by name.
         evaluate: returns figures of the student, larger is better.
         watch: returns tensors worth keeping, such as generated images.
         progress: show the live line, where there is somebody to look at it.
@@ -104,11 +115,14 @@ def fit(
         DataFreeViolation: a data-free method touched training data.
         DamagedFile: the checkpoint cannot be read, or belongs to another run.
     """
-    result = Fit(name)
-    done = _restore(method, result, checkpoint, n_steps) if checkpoint and checkpoint.exists() else 0
-    result.resumed_at = done
+    result, whose = Fit(name), {**(identity or {}), "name": name, "n_steps": n_steps}
+    done = _restore(method, result, checkpoint, whose) if checkpoint and checkpoint.exists() else 0
     if done == n_steps:
         return result
+    if done:
+        result.resumed_at.append(done)
+    if code_fingerprint() not in result.sources[-1:]:
+        result.sources.append(code_fingerprint())
     read_every = max(1, n_steps // 100)
     pending: list[dict[str, Tensor]] = []
     seconds_before = result.seconds
@@ -134,9 +148,22 @@ def fit(
             result.history.append(row)
             line.update(step, row)
             if checkpoint and (step == n_steps or time.perf_counter() - saved >= checkpoint_every):
-                _save(method, result, checkpoint, step, n_steps)
+                _save(method, result, checkpoint, step, whose)
                 saved = time.perf_counter()
     return result
+
+
+def resumed(*fits: Fit) -> dict[str, dict[str, list[Any]]]:
+    """What a record says of runs that this version of the library did not make in one piece.
+
+    Returns:
+        {name: {"at": :attr:`Fit.resumed_at`, "sources": :attr:`Fit.sources`}}; empty where there is nothing to say.
+    """
+    return {
+        f.name: {"at": f.resumed_at, "sources": f.sources}
+        for f in fits
+        if f.resumed_at or f.sources != [code_fingerprint()]
+    }
 
 
 def _means(pending: list[dict[str, Tensor]], step: int, name: str, checkpoint: Path | None) -> dict[str, float]:
@@ -167,38 +194,41 @@ def _to_cpu(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.detach().cpu() for key, value in tensors.items()}
 
 
-def _save(method: Method, result: Fit, path: Path, step: int, n_steps: int) -> None:
+def _save(method: Method, result: Fit, path: Path, step: int, whose: Mapping[str, Any]) -> None:
     state = method.state_dict()
     if not checkpoints.all_finite(state):
         raise NonFiniteLoss(_not_finite("a weight is not finite", result.name, step, path))
     random_state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         random_state["cuda"] = torch.cuda.get_rng_state()
+    fit = {key: value for key, value in vars(result).items() if key != "name"}
     checkpoints.save(
-        path,
-        {
-            "name": result.name,
-            "step": step,
-            "n_steps": n_steps,
-            "method": state,
-            "random_state": random_state,
-            "history": result.history,
-            "measures": result.measures,
-            "snapshots": result.snapshots,
-        },
+        path, {"identity": dict(whose), "step": step, "method": state, "random_state": random_state, "fit": fit}
     )
 
 
-def _restore(method: Method, result: Fit, path: Path, n_steps: int) -> int:
+def _restore(method: Method, result: Fit, path: Path, whose: Mapping[str, Any]) -> int:
+    """Continue from a checkpoint; returns its step. Nothing is touched before the file is known to be this run's."""
     state: dict[str, Any] = checkpoints.load(path)
-    if (state.get("name"), state.get("n_steps")) != (result.name, n_steps):
-        raise DamagedFile(
-            f"{path} belongs to {state.get('name')!r} with {state.get('n_steps')} steps, not to {result.name!r} "
-            f"with {n_steps}; delete it or choose another folder"
-        )
-    method.load_state_dict(state["method"])
-    torch.set_rng_state(state["random_state"]["cpu"])
-    if "cuda" in state["random_state"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["random_state"]["cuda"])
-    result.history, result.measures, result.snapshots = state["history"], state["measures"], state["snapshots"]
-    return int(state["step"])
+    remedy = "delete it or choose another folder"
+    try:
+        found, step, random_state, fit = (state[key] for key in ("identity", "step", "random_state", "fit"))
+    except (KeyError, TypeError) as e:
+        raise DamagedFile(f"{path} is no checkpoint of a run of this version (there is no {e}); {remedy}") from e
+    for key in {**whose, **found}:
+        if key not in found or key not in whose or found[key] != whose[key]:
+            theirs, ours = (f"{key} = {one[key]!r}" if key in one else f"no {key}" for one in (found, whose))
+            raise DamagedFile(f"{path} belongs to another run, with {theirs} where this one has {ours}; {remedy}")
+    if type(step) is not int or not 0 < step <= whose["n_steps"]:
+        raise DamagedFile(f"{path} is damaged: it says step {step!r} of {whose['n_steps']}; {remedy}")
+    try:
+        method.load_state_dict(state["method"])
+        torch.set_rng_state(random_state["cpu"])
+        if "cuda" in random_state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(random_state["cuda"])
+    except (LookupError, TypeError, ValueError, RuntimeError) as e:
+        reason = next(iter(str(e).splitlines()), "") or type(e).__name__
+        raise DamagedFile(f"{path} does not fit this run ({reason.strip()}); {remedy}") from e
+    for key, value in fit.items():
+        setattr(result, key, value)
+    return step

@@ -68,15 +68,32 @@ def state_of(method: object, parts: tuple[str, ...]) -> dict[str, Any]:
 
 
 def restore_state(method: object, parts: tuple[str, ...], state: dict[str, Any]) -> None:
-    """Put back what :func:`state_of` took."""
+    """Put back what :func:`state_of` took, on the devices where the parts are."""
     for name in parts:
         part = getattr(method, name)
         if isinstance(part, torch.Generator):
             part.set_state(state[name].cpu())
+        elif isinstance(part, Optimizer):
+            part.load_state_dict(state[name])
+            _as_parameters_lie(part)
         elif hasattr(part, "load_state_dict"):
             part.load_state_dict(state[name])
+        elif isinstance(part, Tensor):
+            setattr(method, name, state[name].to(part.device))
         else:
             setattr(method, name, state[name])
+
+
+def _as_parameters_lie(optimizer: Optimizer) -> None:
+    """Give momentum and moments the strides of their parameters.
+
+    Fused optimisers pair a parameter with its state by place in memory: where one is channels-last and the other
+    contiguous, the momentum of one weight moves another.
+    """
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def check_positive(settings: Any, *names: str) -> None:
