@@ -15,8 +15,8 @@ import torch
 from test_distillers import tiny
 from torch import Tensor, nn
 
-from dfkd_lib import distillers, models
-from dfkd_lib.data import ImageSet, text
+from dfkd_lib import distillers, models, teachers
+from dfkd_lib.data import ImageSet, load, text
 from dfkd_lib.methods import comprehensive, customised, fast, feature_amalgamation, grafting, impression
 from dfkd_lib.methods.amalgamation import Amalgam, Tasks
 from dfkd_lib.methods.amalgamation import Settings as Amalgamation
@@ -243,3 +243,30 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     torch.rand(7)  # where torch's own stream stands must not matter
     assert run(third, checkpoint=path).resumed_at == breaks
     assert not differences(whole.state_dict(), third.state_dict())
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES.values(), ids=RUNTIMES)
+def test_a_resumed_teacher_is_the_uninterrupted_one(
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, test = load("digits", "train"), load("digits", "test")
+    recipe = Recipe(epochs=1, batch_size=256)
+
+    def ask() -> teachers.Teacher:
+        return teachers.train_or_load("digits_cnn_half", train, test, recipe, runtime)
+
+    def broken_off(method: Method, *args: Any, **options: Any) -> Any:
+        interrupt(method, 2)
+        return fit(method, *args, **options, checkpoint_every=0)
+
+    monkeypatch.setenv("DFKD_CACHE", str(tmp_path / "whole"))
+    whole = ask()
+    assert whole.facts["resumed"] == {}
+    monkeypatch.setenv("DFKD_CACHE", str(tmp_path / "broken"))
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(teachers, "fit", broken_off)
+        ask()
+    resumed = ask()
+    assert [about["at"] for about in resumed.facts["resumed"].values()] == [[2]]
+    assert not differences(whole.module.state_dict(), resumed.module.state_dict())
+    assert resumed.facts["curve"] == whole.facts["curve"]
