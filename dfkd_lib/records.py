@@ -68,6 +68,18 @@ def committed(*chapters: str) -> list[dict[str, Any]]:
     return [read(path.parent) for path in found]
 
 
+def perhaps_mixed(record: dict[str, Any]) -> bool:
+    """Whether a record is from before resumed runs were marked, and resuming them could still mix up the momentum.
+
+    That was so for image networks in channels-last layout: where the layout is that of the run or of one of its
+    teachers, and the teachers have images [C, H, W] as their data.
+    """
+    teachers = record.get("teachers", [])
+    of_images = any(len(teacher.get("data", {}).get("shape", ())) == 3 for teacher in teachers)
+    layouts = [made.get("runtime", "") for made in (record, *teachers)]
+    return "resumed" not in record and of_images and any("channels-last" in layout for layout in layouts)
+
+
 def label(record: dict[str, Any]) -> str:
     """Profile of a record and the datasets it was evaluated on, such as "cpu mnist"."""
     tested = dict.fromkeys(opened["name"] for opened in record.get("data", []) if opened["split"] == "test")

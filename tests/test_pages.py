@@ -133,6 +133,30 @@ def test_status_reads_run_folders(book: Path, tmp_path: Path) -> None:
     assert ">1.5</td>" in page and "2026-01-02 03:04" in page
 
 
+CHANNELS_LAST = "cpu (a processor, 1 threads), bfloat16, channels-last, seed 0"
+CONTIGUOUS = "cpu (a processor, 1 threads), float32, contiguous, seed 0"
+
+
+@pytest.mark.parametrize(
+    ("runtime", "of_teacher", "shape", "more", "marked"),
+    [
+        (CHANNELS_LAST, CHANNELS_LAST, [3, 32, 32], {}, True),
+        (CONTIGUOUS, CHANNELS_LAST, [3, 32, 32], {}, True),
+        (CHANNELS_LAST, CONTIGUOUS, [3, 32, 32], {"resumed": {}}, False),
+        (CONTIGUOUS, CONTIGUOUS, [3, 32, 32], {}, False),
+        (CHANNELS_LAST, CHANNELS_LAST, [40], {}, False),
+    ],
+)
+def test_runs_that_may_have_been_resumed_wrongly_are_named(
+    book: Path, runtime: str, of_teacher: str, shape: list[int], more: dict[str, Any], marked: bool
+) -> None:
+    run = commit(book, "cpu", "cpu")
+    teacher = {"runtime": of_teacher, "data": {"name": "x", "shape": shape}}
+    records.write(run.pop("folder"), {**run, "runtime": runtime, "teachers": [teacher], **more})
+    for page in (pages.results(), pages.status(book / "results" / "dfad")):
+        assert ("not those of an uninterrupted run: dfad: cpu." in page.data) is marked
+
+
 def test_table_escapes_text_and_keeps_figures_on_one_line() -> None:
     text = pages.table_html(pd.DataFrame({"a": ["<b>", "98.3 ± 0.1 %"]}), 'a "caption"')
     assert "&lt;b&gt;" in text and "<b>" not in text

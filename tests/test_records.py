@@ -75,10 +75,34 @@ def test_a_chapter_leaves_its_record_history_and_checkpoints(tmp_path):
     chapter.finish()
     kept = records.read(tmp_path)
     assert kept["metrics"] == {"a/DFAD/accuracy": 0.5, "a/nothing/value": None}
-    assert kept["best"] == {"a/DFAD/accuracy": 0.9}
+    assert kept["best"] == {"a/DFAD/accuracy": 0.9} and kept["resumed"] == {}
     assert "out" not in kept["parameters"] and "unrelated_variable" not in kept["parameters"]
     assert (tmp_path / "history.csv").read_text().startswith("fit,step,")
     assert (tmp_path / "checkpoints" / "a-DFAD.safetensors").is_file()
+
+
+def test_a_record_says_where_a_run_was_resumed_and_other_parameters_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("DFKD_CHECKPOINT_SECONDS", "0")
+
+    def begin(**changes) -> Chapter:
+        return Chapter("dfad", namespace(out=str(tmp_path), **changes))
+
+    chapter = begin()
+    method = game(chapter)
+    step = method.step
+    method.step = lambda: step() if method.steps < 3 else {}["killed"]
+    run = {"n_steps": 5, "evaluate": lambda: {"accuracy": 0.5}}
+    with pytest.raises(KeyError):
+        chapter.fit("a/DFAD", method, **run)
+    chapter._held.close()
+    for changes, said in (({"seed": 1}, "seed = 0 where this one has seed = 1"), ({"k": 7}, "has k = 7")):
+        other = begin(**changes)
+        with pytest.raises(DamagedFile, match=said):
+            other.fit("a/DFAD", game(other), **run)
+        other._held.close()
+    again = begin(threads=1)
+    again.fit("a/DFAD", game(again), **run)
+    assert again.finish()["resumed"] == {"a/DFAD": {"at": [3], "sources": [records.provenance()["code"]["source"]]}}
 
 
 def test_every_choice_of_the_runtime_is_a_parameter():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,8 +27,9 @@ NO_RUNS = "No larger run is committed yet: there are no figures to show."
 
 def results() -> HTML:
     """Our figures beside the published ones: the tables of :func:`.tables.results`, from the committed runs."""
-    shown = [table_html(table.frame, table.caption) for table in tables.results(records.committed())]
-    return _html(*shown or [_line(NO_RUNS)])
+    found = records.committed()
+    shown = [table_html(table.frame, table.caption) for table in tables.results(found)]
+    return _html(*shown or [_line(NO_RUNS)], *_perhaps_mixed(found))
 
 
 def claims() -> HTML:
@@ -72,7 +73,8 @@ def status(folder: Path | None = None) -> HTML:
     folder = folder or (root / "_build" / "runs" if root else None)
     found = sorted(folder.glob("*/record.json")) if folder else []
     rows = []
-    for run in (records.read(path.parent) for path in found):
+    runs = [records.read(path.parent) for path in found]
+    for run in runs:
         packages = run.get("packages", {})
         shown = [f"{name} {packages[name]}" for name in ("python", "torch") if name in packages]
         rows.append(
@@ -88,7 +90,23 @@ def status(folder: Path | None = None) -> HTML:
         )
     if not rows:
         return _html(_line("No chapter was executed for this build: the outputs shown are the stored ones."))
-    return _html(table_html(pd.DataFrame(rows)))
+    return _html(table_html(pd.DataFrame(rows)), *_perhaps_mixed(runs))
+
+
+def _perhaps_mixed(found: Sequence[dict[str, Any]]) -> list[str]:
+    """A line that names the runs of :func:`dfkd_lib.records.perhaps_mixed`; none if there are none."""
+    by_chapter: dict[str, list[str]] = {}
+    for record in filter(records.perhaps_mixed, found):
+        by_chapter.setdefault(record["chapter"], []).append(record["run"])
+    if not by_chapter:
+        return []
+    names = "; ".join(f"{chapter}: {', '.join(runs)}" for chapter, runs in by_chapter.items())
+    return [
+        _line(
+            "Made before resumed runs were marked; if one of these was resumed, its figures are not those of an "
+            f"uninterrupted run: {names}."
+        )
+    ]
 
 
 def versions() -> HTML:
