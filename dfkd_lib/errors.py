@@ -30,6 +30,16 @@ class DamagedFile(DFKDError):
     """A file exists but does not hold what it should."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of foreign code says, in one line, or its kind if it says nothing."""
+    if isinstance(error, KeyError):
+        return f"no key {error}"  # which alone is a mere word
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return lines[-1] if "TorchScript" in lines[0] else lines[0]  # the interpreter puts the traceback first
+
+
 def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
     """The error for a name that is not among `known`, with the nearest known name if one is near."""
     names = sorted(known)

@@ -96,12 +96,16 @@ class Runtime:
 
     def prepare(self, module: M) -> M:
         """Move a module to the device, data type and memory format of this run; compile it if the run asks so."""
-        module = module.to(self.device, self.dtype)
-        if self.channels_last:
-            module = module.to(memory_format=torch.channels_last)
+        module = module._apply(self._converted)
         if self.compile:
             module.compile()
         return module
+
+    def _converted(self, weight: torch.Tensor) -> torch.Tensor:
+        """What `nn.Module.to` does to each, but for weights of 3-d convolutions, complex buffers and whole numbers."""
+        dtype = self.dtype if weight.is_floating_point() else weight.dtype
+        format = torch.channels_last if self.channels_last and weight.ndim == 4 else torch.preserve_format
+        return weight.to(self.device, dtype, memory_format=format)
 
     def images(self, x: torch.Tensor) -> torch.Tensor:
         """Bring a batch of images [B, C, H, W] to the device, data type and memory format of this run."""

@@ -18,8 +18,6 @@ from torch.autograd.function import once_differentiable
 
 from .errors import InputError
 
-BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d
-
 
 @dataclass(frozen=True)
 class Seen:
@@ -82,16 +80,27 @@ def _full(x: Tensor) -> torch.dtype:
 def batch_norm_layers(network: nn.Module) -> list[nn.Module]:
     """The batch-norm layers that keep running statistics, in the order of registration.
 
+    Of any class, so that synchronised, frozen and fused ones count: what has vectors `running_mean` and `running_var`
+    of one length is a batch norm, unless it normalises each image by itself.
+
     Raises:
-        InputError: there is none, as in a vision transformer.
+        InputError: there is none that hooks can see, as in a vision transformer or in TorchScript.
     """
-    layers: list[nn.Module] = [m for m in network.modules() if isinstance(m, BatchNorm) and m.running_mean is not None]
+    layers = [m for m in network.modules() if _keeps_statistics(m)]
     if not layers:
+        hidden = " that can be seen from outside TorchScript" if isinstance(network, torch.jit.ScriptModule) else ""
         raise InputError(
-            "the teacher has no batch-norm layer with running statistics, which this method matches; "
+            f"the teacher has no batch-norm layer with running statistics{hidden}, which this method matches; "
             "use dfad, dafl or zskt, which need none"
         )
     return layers
+
+
+def _keeps_statistics(layer: nn.Module) -> bool:
+    if isinstance(layer, torch.jit.ScriptModule | nn.modules.instancenorm._InstanceNorm):
+        return False
+    mean, variance = getattr(layer, "running_mean", None), getattr(layer, "running_var", None)
+    return isinstance(mean, Tensor) and isinstance(variance, Tensor) and mean.ndim == 1 and mean.shape == variance.shape
 
 
 @contextmanager

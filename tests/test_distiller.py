@@ -13,8 +13,9 @@ from conftest import classifier, same, snapshot
 from torch import Tensor, nn
 
 from dfkd_lib import losses
+from dfkd_lib.checking import n_logits
 from dfkd_lib.errors import InputError
-from dfkd_lib.methods.distiller import BankDistiller, Distillation, Distiller, n_logits
+from dfkd_lib.methods.distiller import BankDistiller, Distillation, Distiller
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.training.fit import fit
 
@@ -281,7 +282,8 @@ class Answers(nn.Module):
         (torch.zeros(2), "not logits"),
         (torch.zeros(3, 4), "not logits"),
         (torch.zeros(2, 1), "not logits"),
-        (torch.full((2, 3), float("nan")), "NaN or infinite logits for a grey image; check its weights"),
+        (torch.zeros(2, 3, dtype=torch.int64), r"returns \[2, 3\] of torch.int64 for 2"),
+        (torch.full((2, 3), float("nan")), "NaN or infinite logits; check its weights"),
         (torch.full((2, 3), float("inf")), "NaN or infinite"),
         (RuntimeError("mat1 and mat2\nshapes"), "fails on images of shape 1x8x8: mat1 and mat2$"),
         (AssertionError("Wrong image height!"), "fails on images of shape 1x8x8: Wrong image height!"),

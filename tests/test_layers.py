@@ -13,6 +13,7 @@ from dfkd_lib.locations import PACKAGE
 GROUND = ["errors", "files", "locations", "runtime", "settings"]
 TENSORS = ["data", "losses", "taps", "banks"]
 WORK = ["training", "models", "measures"]
+OWN = ["arguments", "checking", "lending"]
 FRONT = ["distilling", "distillers", "reusing", "teachers"]
 
 ARROWS = {
@@ -27,15 +28,18 @@ ARROWS = {
     "banks": ["errors"],
     "records": ["__init__", "errors", "files", "locations"],
     "training": [*GROUND, *TENSORS],
+    "arguments": [*GROUND, *TENSORS, "models"],
+    "lending": ["errors", "files", "models", "training"],
+    "checking": [*GROUND, *TENSORS, "lending", "training"],
     "models": [*GROUND, *TENSORS, "training"],
     "measures": [*GROUND, *TENSORS, "training"],
-    "methods": [*GROUND, *TENSORS, *WORK],
+    "methods": [*GROUND, *TENSORS, *OWN, *WORK],
     "distillers": [*GROUND, "methods"],
     "teachers": [*GROUND, *TENSORS, *WORK],
-    "distilling": [*GROUND, *TENSORS, *WORK, "methods", "distillers", "records"],
-    "reusing": [*GROUND, *TENSORS, *WORK, "methods"],
+    "distilling": [*GROUND, *TENSORS, *OWN, *WORK, "methods", "distillers", "records"],
+    "reusing": [*GROUND, *TENSORS, *OWN, *WORK, "methods"],
     "__init__": ["distilling", "reusing"],
-    "reproduction": ["__init__", "records", *GROUND, *TENSORS, *WORK, "methods", *FRONT],
+    "reproduction": ["__init__", "records", *GROUND, *TENSORS, *OWN, *WORK, "methods", *FRONT],
     "__main__": ["reproduction"],
 }
 

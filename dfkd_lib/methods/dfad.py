@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import models
+from ..checking import common_classes
 from ..errors import InputError, unknown
 from ..losses import IMITATION, log_compressed, mae
 from ..models.normalize import pixel_statistics
@@ -27,7 +28,6 @@ from ..training.budget import Budget
 from ..training.modes import evaluating
 from ..training.players import adam, check_positive, freeze, no_weight_gradients, restore_state, sgd, state_of, update
 from ..training.schedules import cosine, drops, set_lr
-from .distiller import common_classes
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,8 @@ class DFAD:
     ) -> None:
         self.settings, self.runtime = settings, runtime
         self.teacher = freeze(runtime.prepare(teacher))
-        self.student = runtime.prepare(student).train()
+        self.student = runtime.prepare(student)
+        self.student.train()
         self.generator = runtime.prepare(generator).train()
         self.student_optimizer = sgd(self.student, settings.lr_student, settings.weight_decay, settings.momentum)
         self.generator_optimizer = adam(self.generator, settings.lr_generator)
@@ -162,10 +163,10 @@ class DFAD:
         Where the teacher has no layer `Normalize` that tells them, mean 0.5 and std 0.25 are taken.
 
         Args:
-            image_shape: (C, H, W), sides that are multiples of 4.
+            image_shape: (C, H, W).
 
         Raises:
-            InputError: see :func:`~dfkd_lib.methods.distiller.common_classes`; a size that the generator cannot make.
+            InputError: see :func:`~dfkd_lib.checking.common_classes`.
         """
         channels, height, width = image_shape
         mean, std = pixel_statistics(teacher, channels)

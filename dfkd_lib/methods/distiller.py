@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from .. import losses
 from ..banks import ImageBank
+from ..checking import common_classes
 from ..data import crop_flip
 from ..errors import InputError, unknown
 from ..runtime import Runtime
@@ -113,7 +114,8 @@ class Distiller(ABC):
         channels, height, width = image_shape
         self.runtime, self.distillation, self.image_shape = runtime, settings, (channels, height, width)
         self.teacher = freeze(runtime.prepare(teacher))
-        self.student = runtime.prepare(student).train()
+        self.student = runtime.prepare(student)
+        self.student.train()  # whose own train() may return nothing
         self.n_classes = common_classes(self.teacher, self.student, self.image_shape, runtime)
         self.student_optimizer = student_optimizer(self.student, settings)
         self.student_scaler = runtime.scaler()
@@ -277,54 +279,3 @@ def student_optimizer(student: nn.Module, settings: Distillation) -> Optimizer:
     if settings.optimizer == "adam":
         return adam(student, settings.lr_student)
     return sgd(student, settings.lr_student, settings.weight_decay, settings.momentum)
-
-
-def common_classes(teacher: nn.Module, student: nn.Module, image_shape: Sequence[int], runtime: Runtime) -> int:
-    """K, as many logits as both networks have for images of this shape.
-
-    Raises:
-        InputError: they differ in K, are the same object, or one of them does not pass :func:`n_logits`.
-    """
-    if teacher is student:
-        # A fork of the authors' toolbox does this, and its adversarial terms are then zero.
-        raise InputError("teacher and student are the same network; give the student its own")
-    n_classes = n_logits(teacher, image_shape, runtime, "teacher")
-    of_student = n_logits(student, image_shape, runtime, "student")
-    if of_student != n_classes:
-        raise InputError(
-            f"the student has {of_student} classes and the teacher {n_classes}; build the student with {n_classes}"
-        )
-    return n_classes
-
-
-def n_logits(network: nn.Module, image_shape: Sequence[int], runtime: Runtime, who: str) -> int:
-    """K, found by sending two grey images through the network; its running statistics stay as they are.
-
-    Args:
-        who: "teacher" or "student", for the messages.
-
-    Raises:
-        InputError: the network fails on images of this shape, or does not return finite logits [B, K], K >= 2.
-    """
-    x = runtime.images(torch.full((2, *image_shape), 0.5, device=runtime.device))
-    shape = "x".join(map(str, image_shape))
-    try:
-        with evaluating(network), runtime.autocast():
-            logits = network(x)
-    except (RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, InputError) as e:
-        raise InputError(f"the {who} fails on images of shape {shape}: {_first_line(e)}") from e
-    if not isinstance(logits, Tensor):
-        raise InputError(
-            f"the {who} returns a {type(logits).__name__}, not one tensor of logits; wrap it in a module that "
-            "returns the logits alone"
-        )
-    if logits.ndim != 2 or len(logits) != 2 or logits.shape[1] < 2:
-        raise InputError(f"the {who} returns {list(logits.shape)} for 2 images of shape {shape}, not logits [2, K]")
-    if not torch.isfinite(logits).all():
-        raise InputError(f"the {who} returns NaN or infinite logits for a grey image; check its weights")
-    return logits.shape[1]
-
-
-def _first_line(error: Exception) -> str:
-    """What the error says, or its kind if it says nothing."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -8,6 +8,7 @@ layer `network.classifier`, whose input is its penultimate features [B, D].
 from __future__ import annotations
 
 import copy
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..errors import InputError, unknown
 from .discriminators import build_discriminator, discriminator_names, map_shape, receptive_field
-from .generators import deep, draw_weights, generator_a, generator_b, generator_zskt, toolbox
+from .generators import Middle, deep, draw_weights, generator_a, generator_b, generator_zskt, toolbox
 from .lenet import LeNet5
 from .normalize import Denormalize, Normalize
 from .quick import QuickNet, whiten
@@ -159,13 +160,14 @@ def build_generator(
     """A generator of images [B, C, H, W] from noise z [B, latent_dim].
 
     Args:
-        image_shape: (C, H, W). Sides are multiples of 4, for generator_b of 16.
+        image_shape: (C, H, W). Where the sides are not multiples of 4, or of 16 for generator_b, the next larger
+            image is made and its middle kept.
         mean, std: per channel, the teacher's. generator_a, generator_dafl and generator_zskt end in `Denormalize`
             with them, which the teacher undoes; the other generators' images lie in [0, 1] whatever these are.
         ngf: unit of all channel widths; 64 in the papers.
 
     Raises:
-        InputError: unknown name, or a size that the generator cannot make.
+        InputError: unknown name, or a size below 1.
     """
     if name not in _GENERATORS:
         raise unknown("generator", name, _GENERATORS)
@@ -175,7 +177,10 @@ def build_generator(
     if name in _CENTRED:
         _must_fit(mean, channels)
         factory = partial(factory, mean=mean, std=std)
-    return factory(latent_dim, image_shape, ngf=ngf)
+    step = 16 if name == "generator_b" else 4
+    larger = channels, math.ceil(height / step) * step, math.ceil(width / step) * step
+    network = factory(latent_dim, larger, ngf=ngf)
+    return network if larger == image_shape else nn.Sequential(*network.children(), Middle(height, width))
 
 
 def count_parameters(module: nn.Module) -> int:

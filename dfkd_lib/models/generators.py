@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import InputError
 from .normalize import Denormalize
@@ -113,6 +113,19 @@ def deep(latent_dim: int, image_shape: tuple[int, int, int], ngf: int) -> nn.Seq
         layers.append(nn.BatchNorm2d(ngf))
         layers.append(nn.LeakyReLU(0.2))
     return nn.Sequential(*layers, nn.Conv2d(ngf, channels, 3, padding=1), nn.Sigmoid())
+
+
+class Middle(nn.Module):
+    """Images [B, C, h, w] -> their middle [B, C, height, width]."""
+
+    def __init__(self, height: int, width: int) -> None:
+        super().__init__()
+        self.height, self.width = height, width
+
+    def forward(self, x: Tensor) -> Tensor:
+        top, left = (x.shape[2] - self.height) // 2, (x.shape[3] - self.width) // 2
+        # A copy: networks that look at the images with `view` could not look at a window.
+        return x[:, :, top : top + self.height, left : left + self.width].contiguous()
 
 
 def draw_weights(generator: nn.Module, random: torch.Generator | None = None) -> None:

@@ -17,7 +17,10 @@ M = TypeVar("M", bound=nn.Module)
 
 def freeze(module: M) -> M:
     """Eval mode, no weight gradients: what a teacher is throughout."""
-    return module.eval().requires_grad_(False)
+    module.eval()  # a network's own may return nothing
+    for p in module.parameters():
+        p.requires_grad_(False)
+    return module
 
 
 @contextmanager

@@ -1,0 +1,116 @@
+"""What a person says beside the networks, fit to use or refused: the shape of images, test images, a folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .data import ImageSet
+from .errors import InputError, first_line
+from .models import Normalize
+from .settings import typed
+
+
+def shape_of_images(image_shape: Sequence[int]) -> tuple[int, int, int]:
+    """(C, H, W).
+
+    Raises:
+        InputError: not three whole numbers above 0, or the channels seem to stand last.
+    """
+    try:
+        channels, height, width = typed("image_shape", list(image_shape), tuple[int, int, int])
+    except (InputError, TypeError):
+        channels = height = width = 0
+    if min(channels, height, width) < 1:
+        raise InputError(f"image_shape must be three whole numbers (channels, height, width), not {image_shape!r}")
+    if width in (1, 3) and channels > 4:
+        raise InputError(
+            f"image_shape is (channels, height, width), and {channels, height, width} has the channels last; "
+            f"give ({width}, {channels}, {height})"
+        )
+    return channels, height, width
+
+
+def statistics_of_images(
+    mean: Sequence[float] | None, std: Sequence[float] | None, channels: int, *networks: nn.Module
+) -> tuple[list[float], list[float]] | None:
+    """Mean and std per channel, of images in [0, 1]; None if neither is given.
+
+    Raises:
+        InputError: one without the other; not one number per channel; out of the range of such images, as they are
+            for pixels in 0..255; one of the networks normalises already.
+    """
+    if mean is None and std is None:
+        return None
+    if mean is None or std is None:
+        raise InputError("mean and std belong together; give both, or none if the networks expect images in [0, 1]")
+    try:
+        means, stds = [float(m) for m in mean], [float(s) for s in std]
+    except (TypeError, ValueError):
+        means, stds = [], []
+    if not len(means) == len(stds) == channels:
+        raise InputError(f"mean and std must be sequences of {channels} numbers, one per channel")
+    if not all(s > 0 for s in stds):
+        raise InputError(f"std must be above 0 in every channel, not {tuple(stds)}")
+    if not all(0 <= m <= 1 for m in means) or not all(s <= 1 for s in stds):
+        raise InputError(
+            f"mean {means} and std {stds} are not those of images in [0, 1]; if they are of pixels in 0..255, divide "
+            "both by 255"
+        )
+    if any(isinstance(layer, Normalize) for network in networks for layer in network.modules()):
+        raise InputError("a network from dfkd_lib.models normalises its images itself; leave mean and std out")
+    return means, stds
+
+
+def labelled_images(
+    test: ImageSet | tuple[Tensor, Tensor], image_shape: tuple[int, int, int], n_classes: int
+) -> ImageSet:
+    """Images to test on, as a set.
+
+    Args:
+        test: a set, or images [N, C, H, W], uint8 or floats in [0, 1], and labels [N], whole numbers of any type.
+
+    Raises:
+        InputError: anything else, another shape, or a label outside 0..n_classes - 1.
+    """
+    if not isinstance(test, ImageSet):
+        if not (isinstance(test, tuple | list) and len(test) == 2 and all(isinstance(t, Tensor) for t in test)):
+            raise InputError("test must be an ImageSet or a pair of tensors (images, labels)")
+        images, labels = (t.detach() for t in test)
+        if images.is_floating_point():
+            if not len(images) or not (images.min() >= 0 and images.max() <= 1):
+                raise InputError("test images must be uint8 or floats in [0, 1]; leave normalising to mean and std")
+            images = images.float().mul(255).round().to(torch.uint8)
+        if labels.is_complex() or (labels.is_floating_point() and not torch.equal(labels, labels.round())):
+            raise InputError("the test labels must be whole numbers, one per image")
+        test = ImageSet(images, labels.long(), classes=[str(i) for i in range(n_classes)], name="test", split="test")
+    if test.image_shape != image_shape:
+        raise InputError(f"the test images have shape {test.image_shape}, and image_shape is {image_shape}")
+    if test.labels is None or test.task != "classification" or not len(test):
+        raise InputError("the test images need one label each")
+    if test.labels.min() < 0 or test.labels.max() >= n_classes:
+        raise InputError(f"the test labels must lie in 0..{n_classes - 1}, as the teacher has {n_classes} classes")
+    return test
+
+
+def folder(out: str | Path) -> Path:
+    """The folder, made if it is not there.
+
+    Raises:
+        InputError: it cannot be one that can be written to: a file, a place below a file, read-only, no path at all.
+    """
+    try:
+        if not os.fspath(out):
+            raise ValueError("an empty path")
+        path = Path(out).expanduser().resolve()
+        path.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError, TypeError, ValueError) as e:
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else first_line(e)
+        raise InputError(f"out={out!r} cannot be a folder: {reason}") from e
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise InputError(f"out={str(out)!r} cannot be written to; choose another folder")
+    return path
