@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..data import ImageSet, crop_flip, minibatches
-from ..errors import InputError, unknown
+from ..errors import InputError, first_line, unknown
 from ..losses import kl
 from ..runtime import Runtime
 from ..training.modes import still
@@ -48,7 +48,23 @@ class Tasks:
 
     @classmethod
     def named(cls, classes: Sequence[Sequence[str]]) -> Tasks:
-        """Teachers that may share classes: the union has each name once, in the order of first appearance."""
+        """Teachers that may share classes: the union has each name once, in the order of first appearance.
+
+        Raises:
+            InputError: no list of names for each teacher, an empty one, or the same name twice in one teacher.
+        """
+        if isinstance(classes, str) or not isinstance(classes, Sequence) or not classes:
+            raise InputError(f"classes must be a list of lists of names, one for each teacher, not {classes!r}")
+        for t, names in enumerate(classes, 1):
+            if isinstance(names, str) or not isinstance(names, Sequence) or not names:
+                raise InputError(f"the classes of teacher {t} must be a list of names, not {names!r}")
+            for name in names:
+                if not isinstance(name, str):
+                    raise InputError(f"the classes of teacher {t} must be names, not {name!r}")
+                if names.count(name) > 1:
+                    raise InputError(
+                        f"teacher {t} has two classes {name!r}; outputs of one teacher need different names"
+                    )
         place = {name: i for i, name in enumerate(dict.fromkeys(itertools.chain(*classes)))}
         return cls(tuple(tuple(place[name] for name in names) for names in classes))
 
@@ -130,7 +146,10 @@ def tapped_at(network: nn.Module, places: Sequence[str]) -> Iterator[dict[str, T
             if place not in modules:
                 raise unknown(f"place in {type(network).__name__}", place, [name for name in modules if name])
 
-            def keep(module: nn.Module, inputs: Any, output: Tensor, place: str = place) -> None:
+            def keep(module: nn.Module, inputs: Any, output: Any, place: str = place) -> None:
+                if not isinstance(output, Tensor):
+                    kind = type(output).__name__
+                    raise InputError(f"place {place!r} gives a {kind}, not one tensor; choose a module inside it")
                 seen[place] = output.clone()
 
             hooks.callback(modules[place].register_forward_hook(keep).remove)
@@ -141,7 +160,17 @@ def look(network: nn.Module, x: Tensor, places: Sequence[str]) -> tuple[Tensor, 
     """One pass: logits [B, C], and the outputs of the named modules in their order."""
     with tapped_at(network, places) as seen:
         logits = network(x)
+    for place in places:
+        if place not in seen:
+            raise InputError(f"{type(network).__name__} does not call its module {place!r}; choose another place")
     return logits, [seen[place] for place in places]
+
+
+def features_at(network: nn.Module, x: Tensor, places: Sequence[str]) -> list[Tensor]:
+    """The outputs of the named modules for images x, brought to the network's type and device; it stays as it is."""
+    weight = next(network.parameters(), x)
+    with still(network):
+        return look(network, x.to(weight.device, weight.dtype, copy=True), places)[1]
 
 
 class FeatureTerm(nn.Module, ABC):
@@ -188,7 +217,9 @@ class Settings:
     flip: bool = False
 
     def __post_init__(self) -> None:
-        check_positive(self, "n_steps", "batch_size", "lr", "lr_term")
+        check_positive(self, "n_steps", "lr", "lr_term")
+        if self.batch_size < 2:
+            raise InputError(f"batch_size must be at least 2 (batch normalisation), not {self.batch_size}")
 
 
 class Views:
@@ -255,6 +286,18 @@ class Amalgam:
         if self.term is not None:
             self.term_optimizer = adam(self.term, settings.lr_term)
             self.parts += ("term", "term_optimizer")
+            self._must_fit(self.term, x)
+
+    def _must_fit(self, term: FeatureTerm, x: Tensor) -> None:
+        networks = [self.student, *self.teachers]
+        if len(self.places) != len(networks):
+            raise InputError(f"the feature term has {len(self.places)} lists of places for {len(networks)} networks")
+        f_s, *f_t = [features_at(network, x, at) for network, at in zip(networks, self.places, strict=True)]
+        try:
+            with torch.no_grad(), self.runtime.autocast():
+                term(f_s, f_t)
+        except (RuntimeError, ValueError) as e:
+            raise InputError(f"the feature term was not made for these networks: {first_line(e)}") from e
 
     def step(self) -> dict[str, Tensor]:
         """One update of the student and of the term; returns {"soft targets": ..., and the terms}, detached."""

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import InputError
-from ..training.modes import still
-from .amalgamation import FeatureTerm, look
+from .amalgamation import FeatureTerm, features_at
 
 WIDTHS = (0.001, 0.01, 0.05, 0.1, 0.2, 1.0, 2.0)
 
@@ -128,8 +127,7 @@ class CommonSpace(FeatureTerm):
             )
         channels = []
         for i, (network, place) in enumerate(zip(networks, places, strict=True)):
-            with still(network):
-                _, (f,) = look(network, x, [place])
+            (f,) = features_at(network, x, [place])
             if f.ndim != 4:
                 raise InputError(
                     f"place {place!r} of {'the student' if i == 0 else f'teacher {i}'} gives "

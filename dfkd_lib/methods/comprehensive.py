@@ -25,7 +25,7 @@ from ..runtime import Runtime
 from ..training.modes import still
 from ..training.players import adam, freeze, restore_state, state_of, update
 from ..training.schedules import cosine, set_lr
-from .amalgamation import FeatureTerm, Settings, Tasks, Views, look, must_fit, union
+from .amalgamation import FeatureTerm, Settings, Tasks, Views, features_at, must_fit, union
 from .feature_amalgamation import Code, stack
 
 
@@ -209,10 +209,7 @@ class Joint(FeatureTerm):
         Raises:
             InputError: no such module, or sizes that differ; the message names the place.
         """
-        found = []
-        for network in (student, *teachers):
-            with still(network):
-                found.append(look(network, x, places)[1])
+        found = [features_at(network, x, places) for network in (student, *teachers)]
         for name, at in zip(places, zip(*found, strict=True), strict=True):
             if len({f.shape[2:] for f in at}) > 1:
                 sizes = [f"{'x'.join(map(str, f.shape[1:]))} in {'the student' if i == 0 else f'teacher {i}'}"

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.optim import Adam
 
 from ..data import ImageSet, crop_flip, minibatches
-from ..errors import InputError
+from ..errors import InputError, first_line
 from ..models.adapters import absorb, adapter, affine, compose
 from ..models.chains import STEM, Blocks, through
 from ..runtime import Runtime
-from ..training.modes import still
+from ..training.modes import in_eval_mode, still
 from ..training.players import check_positive, freeze, restore_state, state_of, update
 
 
@@ -52,7 +52,9 @@ class Settings:
     lr_network: float = 1e-4
 
     def __post_init__(self) -> None:
-        check_positive(self, "network_steps", "batch_size", "lr_block", "lr_adapter", "lr_network")
+        check_positive(self, "network_steps", "lr_block", "lr_adapter", "lr_network")
+        if self.batch_size < 2:
+            raise InputError(f"batch_size must be at least 2 (batch normalisation), not {self.batch_size}")
         if not self.block_steps or min(self.block_steps) < 1:
             raise InputError(f"block_steps must be numbers above 0, not {self.block_steps}")
 
@@ -137,6 +139,8 @@ def scions(teacher: Blocks, student: Blocks, x: Tensor) -> list[Scion]:
         if last and f_t.shape != f_s.shape:
             raise InputError(f"block {name!r} gives {_size(f_t)} in the teacher and {_size(f_s)} in the student; "
                              "the last block must give the same classes")  # fmt: skip
+        if last and f_t.ndim != 2:
+            raise InputError(f"block {name!r}, the last, gives {_size(f_t)}; it must give logits [B, K]")
         _must_fit(name, "output", f_t, f_s)
         out_t, out_s = f_t.shape[1], f_s.shape[1]
         a_out = None if out_t == out_s else adapter(out_s, out_t, f_t.ndim).to(f_t)
@@ -144,12 +148,38 @@ def scions(teacher: Blocks, student: Blocks, x: Tensor) -> list[Scion]:
     return made
 
 
+def check_gradients(teacher: Blocks, x: Tensor) -> None:
+    """Whether what is grafted can learn from the teacher's output: a gradient must come through what stands behind.
+
+    Args:
+        x: images [B, C, H, W].
+
+    Raises:
+        InputError: a block that gives no gradient with respect to its input.
+    """
+    (_, stem), (_, first), *behind = teacher.items()
+    with in_eval_mode(nn.ModuleList(teacher.values())):
+        f = through([stem, first], x.clone()).detach()
+        for name, block in behind:
+            given = f.requires_grad_()
+            f = block(given.clone())
+            if not f.requires_grad or torch.autograd.grad(f.sum(), given, allow_unused=True)[0] is None:
+                raise InputError(
+                    f"the teacher's block {name!r} gives no gradient with respect to its input (torch.no_grad in it?), "
+                    "by which blocks grafted in front of it learn; take that out"
+                )
+            f = f.detach()
+
+
 def _output(block: nn.Module, x: Tensor, name: str) -> Tensor:
     try:
         with still(block):
-            return block(x)
-    except RuntimeError as e:
-        raise InputError(f"block {name!r} cannot read {_size(x)}: {' '.join(str(e).split())}") from None
+            output = block(x.clone())
+    except Exception as e:
+        raise InputError(f"block {name!r} cannot read {_size(x)}: {first_line(e)}") from e
+    if not isinstance(output, Tensor):
+        raise InputError(f"block {name!r} gives a {type(output).__name__}, not one tensor; cut elsewhere")
+    return output
 
 
 def _must_fit(name: str, side: str, f_t: Tensor, f_s: Tensor) -> None:
