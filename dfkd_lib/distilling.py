@@ -33,6 +33,7 @@ from .training.fit import Fit, fit, resumed
 from .training.players import freeze, no_weight_gradients
 
 _FRESH = 256  # synthetic images on which the networks are compared
+_LARGE_BANK = 1e9  # bytes of stored images that are worth a word before the run
 _LAYOUTS = {"auto": None, "channels-last": True, "contiguous": False}
 
 
@@ -147,10 +148,8 @@ def distill(
     teacher, student = lending.bare(teacher), lending.bare(student)
     checking.check_roles(teacher, student)
     num_classes, seed = typed("num_classes", num_classes, int), typed("seed", seed, int)
-    if num_classes < 2:
-        raise InputError(f"num_classes must be at least 2, not {num_classes}")
-    if not -(2**63) <= seed < 2**63:
-        raise InputError(f"seed must have at most 64 bits, not {seed}")
+    if num_classes < 2 or not -(2**63) <= seed < 2**63:
+        raise InputError(f"num_classes must be at least 2, not {num_classes}, and seed of 64 bits, not {seed}")
     where = typed("device", str(device) if isinstance(device, torch.device) else device, str)
     precision, progress = typed("precision", precision, str), typed("progress", progress, bool)
     if typed("layout", layout, str) not in _LAYOUTS:
@@ -185,6 +184,7 @@ def distill(
         algorithm = build(method, players.teacher, players.student, shape, runtime, preset=preset, n_updates=n_updates,
                           **settings)  # fmt: skip
         checking.check_visits(players.teacher, _read_layers(algorithm), shape, runtime)
+        told += _large_bank(algorithm)
         checkpoint = None
         if folder:
             held.enter_context(lock(folder / ".lock", timeout=0, what=f"folder {folder}"))
@@ -301,6 +301,17 @@ def _read_layers(method: DataFreeMethod) -> list[nn.Module]:
     """The layers of the teacher whose inputs the method reads: batch norms, or DAFL's last linear one."""
     head = getattr(method, "head", None)
     return getattr(method, "layers", []) if not isinstance(head, nn.Linear) else [head]
+
+
+def _large_bank(method: DataFreeMethod) -> list[str]:
+    """What the images that a run stores will take, one byte a value, as a line if it is much."""
+    if not isinstance(method, BankDistiller):
+        return []
+    settings: Any = method.settings  # type: ignore[attr-defined]
+    images = min(settings.bank_size, n_calls(method) * method.newest_call)
+    need = images * math.prod(method.image_shape)
+    line = f"the image bank will take {need / 1e9:.1f} GB for {images:,} images; a smaller bank_size keeps fewer"
+    return [line] if need >= _LARGE_BANK else []
 
 
 def _fresh(method: DataFreeMethod) -> dict[str, Tensor]:

@@ -580,7 +580,7 @@ def test_what_cannot_be_copied_is_refused():
     ("changes", "said"),
     [
         ({"seed": None}, "seed must be a whole number, not None"),
-        ({"seed": 2**64}, "at most 64 bits"),
+        ({"seed": 2**64}, "seed of 64 bits"),
         ({"num_classes": 5.0}, "num_classes must be a whole number, not 5.0"),
         ({"n_updates": True}, "n_updates must be a whole number, not True"),
         ({"n_updates": 1e3}, "n_updates must be a whole number, not 1000.0"),
@@ -623,6 +623,15 @@ def test_labels_of_any_type_that_are_whole_numbers():
 def test_images_of_any_size_with_every_method(method, shape):
     result = distilled(net(8, shape[0]).eval(), net(4, shape[0]), method, image_shape=shape)
     assert result.images.shape[1:] == shape
+
+
+def test_a_large_bank_is_announced(monkeypatch):
+    """By what the run will store, not by what the bank could hold."""
+    assert all("bank" not in line for line in distilled(method="fast").record["warnings"])
+    monkeypatch.setattr(distilling, "_LARGE_BANK", 16 * 64)
+    assert "for 16 images; a smaller bank_size" in distilled(method="fast").record["warnings"][0], "2 calls of 8"
+    assert all("bank" not in line for line in distilled(method="fast", bank_size=15).record["warnings"])
+    assert all("bank" not in line for line in distilled(method="dfad").record["warnings"])
 
 
 def test_another_student_in_the_same_folder_is_another_run(tmp_path):
