@@ -177,7 +177,8 @@ def amalgamate(
         method = Amalgam(lent, learner, images, tasks, chosen, runtime, term)
         fit(method, method.n_steps, name="amalgamation", progress=progress)
     hooks[-1].remove()
-    like(learner.eval(), bare(student))
+    learner.eval()
+    like(learner, bare(student))
     return learner, list(dict.fromkeys(itertools.chain(*classes)))
 
 

@@ -210,6 +210,18 @@ def test_wrapped_networks_and_those_that_flatten_by_view() -> None:
     assert union.state_dict().keys() == Mine(5).state_dict().keys()
 
 
+class Silent(Mine):
+    """Its train(), and with it eval(), forgets to return the network."""
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+
+
+def test_a_train_that_returns_nothing_is_put_up_with() -> None:
+    assert not amalgamated([Silent(2), Mine(3, seed=1)], Silent(5, seed=2)).training
+    assert grafted(Silent(5, 8), Silent(5, 4, seed=1))(x()).shape == (3, 5)
+
+
 def test_numbers_of_other_kinds_count() -> None:
     made = grafted(block_steps=[np.int64(2)], batch_size=np.int32(8), lr_block=np.float32(1e-3), n_views=np.int64(16))
     assert made(x()).shape == (3, 5)

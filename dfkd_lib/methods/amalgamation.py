@@ -270,7 +270,8 @@ class Amalgam:
     ) -> None:
         self.settings, self.runtime, self.tasks, self.n_steps = settings, runtime, tasks, settings.n_steps
         self.teachers = [freeze(runtime.prepare(teacher)) for teacher in teachers]
-        self.student = runtime.prepare(student).train()
+        self.student = runtime.prepare(student)
+        self.student.train()  # whose own train() may return nothing
         self.views = Views(images, settings, runtime, "amalgamation views")
         self.randomness = self.views.randomness
         x = runtime.images(images.batch(range(1))[0])
