@@ -75,7 +75,7 @@ class Batch:
         return said
 
 
-def until(what: Callable[[], Any], seconds: float = 60) -> Any:
+def until(what: Callable[[], Any], seconds: float = 300) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < deadline, "it did not happen"
@@ -182,7 +182,7 @@ def test_a_scheduler_by_address_and_an_interrupt(scheduler: str) -> None:
         said = running.end()
     assert running.process.returncode == 130
     assert f"continue with: dfkd batch plan.yml --json --scheduler {scheduler}" in said
-    until(lambda: kernel_of(folder) is None, 15)
+    until(lambda: kernel_of(folder) is None, 60)
     assert not (folder / "failed.json").exists(), "what was stopped did not fail"
     (folder / "go").touch()
     before = finished()
@@ -210,7 +210,7 @@ def test_an_interrupted_batch_of_our_own_goes_on() -> None:
         "--json --workers 1"
     )
     assert "Traceback" not in said
-    until(lambda: kernel_of(folder) is None, 15)
+    until(lambda: kernel_of(folder) is None, 60)
     assert plans.state(folder) == "unfinished" and plans.state(folder_of(101)) == "to run"
 
 
