@@ -130,9 +130,10 @@ def train_or_load(
 
 def _in_book(wanted: dict[str, Any]) -> Path | None:
     """The weights of a teacher that comes with the book and was trained by this recipe on these data."""
+    as_read = json.loads(json.dumps(wanted))
     for path in sorted((book_root() / "teachers").glob(f"{wanted['data']['name']}-{wanted['model']}-*.json")):
         facts = read_json(path)
-        if isinstance(facts, dict) and all(facts.get(key) == wanted[key] for key in _SAME):
+        if isinstance(facts, dict) and all(facts.get(key) == as_read[key] for key in _SAME):
             return path.with_suffix(".safetensors")
     return None
 

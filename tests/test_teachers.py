@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -13,8 +13,10 @@ import torch
 from dfkd_lib import teachers
 from dfkd_lib.data import load
 from dfkd_lib.errors import DamagedFile, DFKDError
+from dfkd_lib.files import sha256
+from dfkd_lib.locations import book_root
 from dfkd_lib.runtime import Runtime
-from dfkd_lib.teachers import Teacher, train_or_load
+from dfkd_lib.teachers import Teacher, put_into_book, recipe, train_or_load
 from dfkd_lib.training.supervised import Recipe
 
 QUICK = Recipe(epochs=1, batch_size=64, lr=0.05, schedule="one-cycle")
@@ -84,3 +86,34 @@ def test_two_processes_train_one_teacher_once(tmp_path, monkeypatch):
     assert all(process.returncode == 0 for process in running)
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert sum(event["event"] == "start" for event in events) == 1
+
+
+def test_a_teacher_comes_with_the_book_in_any_precision_and_is_trained_when_asked_for(tmp_path, monkeypatch, capsys):
+    test = load("digits", "test")
+    trained = ask()
+    path = put_into_book(trained, test, Runtime.choose("cpu", "float32"), tmp_path / "teachers")
+    facts = json.loads(path.with_suffix(".json").read_text())
+    assert facts["stored"] == "float16" and facts["test as trained"] == trained.facts["test"]
+    assert path.stat().st_size < 0.6 * trained.path.stat().st_size
+    monkeypatch.setenv("DFKD_BOOK", str(tmp_path))
+    monkeypatch.setenv("DFKD_CACHE", str(tmp_path / "empty"))
+    runtime = Runtime.choose("cpu", "bfloat16", seed=5)
+    found = train_or_load("digits_cnn_half", load("digits", "train"), test, QUICK, runtime)
+    assert found.path == path and "comes with the book" in capsys.readouterr().out
+    for name, value in found.module.state_dict().items():
+        assert torch.allclose(value, trained.module.state_dict()[name], rtol=1e-3, atol=1e-4)
+    own = train_or_load("digits_cnn_half", load("digits", "train"), test, QUICK, runtime, from_book=False)
+    assert own.path.parent == tmp_path / "empty" / "teachers"
+    other = train_or_load("digits_cnn_half", load("digits", "train"), test, replace(QUICK, lr=0.06), runtime)
+    assert other.path != path, "another recipe is another teacher"
+
+
+def test_the_teachers_of_the_book_are_whole():
+    shelved = sorted((book_root() / "teachers").glob("*.json"))
+    assert shelved
+    for path in shelved:
+        facts = json.loads(path.read_text())
+        weights = path.with_suffix(".safetensors")
+        assert sha256(weights) == facts["sha256"] and weights.stat().st_size < 5e6
+        known = json.loads(json.dumps(asdict(recipe(facts["data"]["name"], facts["model"]))))
+        assert facts["recipe"] == known, "chapters would not find it"
