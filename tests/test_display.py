@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dfkd_lib.losses import mae
-from dfkd_lib.reproduction import plots
+from dfkd_lib.reproduction import display, plots
 from dfkd_lib.reproduction.display import percent, show_source, table
 
 
@@ -24,7 +24,10 @@ def test_tables_keep_the_order_and_mark_what_is_missing():
     assert shown.loc["a", "x"] == "-"
 
 
-def test_the_source_shown_is_the_library_without_its_docstring(capsys):
+def test_the_source_shown_is_the_library_without_its_docstring(capsys, monkeypatch):
+    show_source(mae)
+    assert capsys.readouterr().out == "", "there is nowhere to show it"
+    monkeypatch.setattr(display, "in_notebook", lambda: True)
     show_source(mae)
     shown = capsys.readouterr().out
     assert "l1_loss" in shown

@@ -10,6 +10,7 @@ from conftest import classifier, generator
 
 from dfkd_lib import records
 from dfkd_lib.errors import DamagedFile, DFKDError
+from dfkd_lib.files import lock
 from dfkd_lib.methods.dfad import DFAD, Settings
 from dfkd_lib.reproduction.chapter import Chapter
 from dfkd_lib.reproduction.parameters import parameters
@@ -133,7 +134,10 @@ def test_divergence_is_a_result_only_where_it_is_expected(capsys):
 def test_one_folder_serves_one_process_at_a_time(tmp_path, monkeypatch):
     from dfkd_lib.reproduction import chapter as module
 
-    Chapter("dfad", namespace(out=str(tmp_path)))
     monkeypatch.setattr(module, "FOLDER_PATIENCE", 0.1)
-    with pytest.raises(DFKDError, match="in use by another process"):
+    with lock(tmp_path / ".lock"), pytest.raises(DFKDError, match="in use by another process"):
         Chapter("dfad", namespace(out=str(tmp_path)))
+    Chapter("dfad", namespace(out=str(tmp_path)))
+    Chapter("dfad", namespace(out=str(tmp_path)))  # its cell was run again
+    with pytest.raises(DFKDError, match="in use by another process"), lock(tmp_path / ".lock", timeout=0):
+        pass

@@ -72,7 +72,7 @@ def test_only_float16_scales_gradients():
 def test_importing_the_library_needs_no_jupyter_and_loads_nothing_heavy():
     hidden = ["IPython", "ipykernel", "jupyter_client", "nbformat", "nbclient", "papermill", "matplotlib", "pandas"]
     modules = "distilling teachers records methods.dfad training.fit training.kd reproduction.chapter reproduction.cli"
-    modules += " reproduction.display reproduction.papers reproduction.plots"
+    modules += " reproduction.display reproduction.pages reproduction.plain reproduction.papers reproduction.plots"
     code = (
         f"import importlib, sys\nfor name in {hidden!r}: sys.modules[name] = None\n"
         f"for name in {modules.split()!r}: importlib.import_module('dfkd_lib.' + name)\n"

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FOLDER_PATIENCE = 30.0  # seconds: a killed run's kernel outlives it for a moment
+_held: set[Path] = set()  # the folders of this process
+_locks = ExitStack()
+atexit.register(_locks.close)
 
 
 class Chapter:
@@ -69,10 +72,8 @@ class Chapter:
         self.best: dict[str, float | None] = {}
         self.fits: dict[str, Fit] = {}
         self.teachers: list[dict[str, Any]] = []
-        self._held = ExitStack()
         if self.out:
-            self._held.enter_context(lock(self.out / ".lock", timeout=FOLDER_PATIENCE, what=f"folder {self.out}"))
-            atexit.register(self._held.close)
+            _hold(self.out)
             remove_leftovers(self.out)
         print(f"{name}, profile {chosen['profile']}: {self.runtime.describe()}")
 
@@ -165,6 +166,13 @@ class Chapter:
             write_text(self.out / "history.csv", _history_csv(self.fits))
             records.write(self.out, record)
         return record
+
+
+def _hold(folder: Path) -> None:
+    """Keep other processes out of a run's folder until this one ends; it may be entered again, as a cell may."""
+    if folder not in _held:
+        _locks.enter_context(lock(folder / ".lock", timeout=FOLDER_PATIENCE, what=f"folder {folder}"))
+        _held.add(folder)
 
 
 def _file_name(name: str) -> str:

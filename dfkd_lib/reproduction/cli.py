@@ -114,7 +114,10 @@ def parser() -> argparse.ArgumentParser:
         "run",
         _run,
         "run a chapter; leaves notebook.ipynb and record.json in a folder",
-        "dfkd run fast\ndfkd run fast --profile cpu --seed 3 -p n_updates 200 --out mine\ndfkd run fast --resume mine",
+        "dfkd run fast\n"
+        "dfkd run fast --profile cpu --seed 3 -p n_updates 200 --out mine\n"
+        "dfkd run fast --resume mine\n"
+        "dfkd run fast --plain              # where there is no Jupyter",
         "print progress and the outcome as JSON lines",
     )
     one.add_argument("chapter", metavar="CHAPTER")
@@ -124,6 +127,7 @@ def parser() -> argparse.ArgumentParser:
         "-p", dest="pairs", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="set a parameter"
     )
     one.add_argument("-f", dest="file", type=Path, metavar="FILE.yml", help="set the parameters that a file holds")
+    one.add_argument("--plain", action="store_true", help="in this process, without Jupyter: leaves no notebook")
     where = one.add_mutually_exclusive_group()
     where.add_argument("--out", type=Path, metavar="DIR", help="default: runs/CHAPTER-PROFILE-seedN")
     where.add_argument("--resume", type=Path, metavar="DIR", help="continue the unfinished run in DIR")
@@ -285,20 +289,20 @@ def _run_or_resume(args: argparse.Namespace) -> dict[str, Any]:
     """Check everything that can be checked, then run; returns "out" and the record's "metrics"."""
     from .. import records
     from ..files import lock
-    from . import runs
-    from .notebooks import execute
+    from . import notebooks, plain, runs
 
-    given, command = _asked(args), args.command
+    given, command, is_plain = _asked(args), args.command, args.plain
     folder = (args.resume or args.out or _default_folder(args.chapter, given)).expanduser().resolve()
     if args.resume:
         noted = runs.asked(folder)
         given, command = _agreed(args, noted, given), noted["command"]
+        is_plain = is_plain or noted.get("plain", False)
         if not runs.made_of(args.chapter).items() <= noted.items():
             print("dfkd: note: the chapter or the library has changed since this run began", file=sys.stderr)
     _check_device(args.chapter, given)
     with lock(folder / runs.LOCK, timeout=0, what=f"run folder {folder}"):
         if not args.resume:
-            runs.begin(folder, args.chapter, given, command)
+            runs.begin(folder, args.chapter, given, command, plain=is_plain)
         if runs.is_finished(folder):
             print(f"the run in {folder} is finished", file=sys.stderr)
         else:
@@ -307,7 +311,11 @@ def _run_or_resume(args: argparse.Namespace) -> dict[str, Any]:
             try:
                 with contextlib.nullcontext() if quiet else runs.Follow(events, as_json=args.json):
                     environment = {"DFKD_EVENTS": str(events), "DFKD_COMMAND": command}
-                    execute(args.chapter, folder, given, environment=environment)
+                    if is_plain:
+                        show = not (args.quiet or args.json)
+                        plain.execute(args.chapter, folder, given, environment=environment, show=show)
+                    else:
+                        notebooks.execute(args.chapter, folder, given, environment=environment)
             except KeyboardInterrupt:
                 again = shlex.join(["dfkd", "run", args.chapter, "--resume", str(folder)])
                 raise KeyboardInterrupt(f"; continue with: {again}") from None

@@ -1,4 +1,4 @@
-"""What chapters show besides figures: library source, and tables of figures."""
+"""What chapters show besides figures: library source, markup, and tables of figures. Outside of a notebook, nothing."""
 
 from __future__ import annotations
 
@@ -6,19 +6,41 @@ import inspect
 import math
 import textwrap
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from ..training.progress import in_notebook
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
+@dataclass(frozen=True, repr=False)
+class HTML:
+    """Markup, which a notebook renders."""
+
+    data: str
+
+    def _repr_html_(self) -> str:
+        return self.data
+
+    def __repr__(self) -> str:
+        return "<IPython.core.display.HTML object>"  # the name that stored outputs know it by
+
+
+def show(shown: Any, **options: Any) -> None:
+    """Show something in a notebook, with the options of IPython's `display`."""
+    if in_notebook():
+        from IPython.display import display
+
+        display(shown, **options)
+
+
 def show_source(*objects: Any) -> None:
     """Show the source of functions and classes as it stands in the library, without their docstrings."""
-    from IPython.display import display
-
     blocks = [_without_docstring(textwrap.dedent(inspect.getsource(thing))) for thing in objects]
     code = "\n\n".join(blocks)
-    display({"text/plain": code, "text/markdown": f"```python\n{code}\n```"}, raw=True)
+    show({"text/plain": code, "text/markdown": f"```python\n{code}\n```"}, raw=True)
 
 
 def _without_docstring(source: str) -> str:

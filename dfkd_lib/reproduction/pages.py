@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from .. import records
 from ..locations import repository_root
-from . import parameters, tables
+from . import display, parameters, tables
+from .display import HTML
 from .papers import paper, paper_ids, seeds
 from .tables import at_largest_scale
 from .tables import comparison as comparison  # chapters call it as pages.comparison
 
 if TYPE_CHECKING:
     import pandas as pd
-    from IPython.display import HTML
 
 MARKS = {"holds": "✓", "does not hold": "✗", "undecided": "?", "not tested here": "–"}
 NO_RUNS = "No larger run is committed yet: there are no figures to show."
@@ -182,16 +182,12 @@ def _plain(value: Any) -> str:
 
 def show(shown: HTML | str) -> None:
     """Display HTML in a notebook."""
-    from IPython.display import HTML, display
-
-    display(HTML(shown) if isinstance(shown, str) else shown)
+    display.show(HTML(shown) if isinstance(shown, str) else shown)
 
 
 def glue(name: str, shown: HTML) -> None:
     """Show something and give it a name by which other pages of the book include it."""
-    from IPython.display import display
-
-    display(shown, metadata={"scrapbook": {"name": name, "mime_prefix": ""}})
+    display.show(shown, metadata={"scrapbook": {"name": name, "mime_prefix": ""}})
 
 
 def table_html(frame: pd.DataFrame, caption: str = "", *, escape: bool = True) -> str:
@@ -236,6 +232,4 @@ def _line(text: str) -> str:
 
 
 def _html(*parts: str) -> HTML:
-    from IPython.display import HTML
-
     return HTML("\n".join(parts))

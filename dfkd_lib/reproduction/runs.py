@@ -17,10 +17,11 @@ from ..training.progress import clock, figures
 from .parameters import notebook_path
 
 LOCK = ".run.lock"
+PLAIN_OUTPUT = "output.txt"
 
 
-def begin(folder: Path, chapter: str, parameters: dict[str, Any], command: str) -> None:
-    """Note in a new or empty folder what is about to run.
+def begin(folder: Path, chapter: str, parameters: dict[str, Any], command: str, *, plain: bool = False) -> None:
+    """Note in a new or empty folder what is about to run; `plain` runs continue without Jupyter.
 
     Raises:
         InputError: the folder holds a run, finished or not, or other files.
@@ -32,7 +33,7 @@ def begin(folder: Path, chapter: str, parameters: dict[str, Any], command: str) 
     if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise InputError(f"{folder} is not empty and holds no run; choose another --out")
     facts = {"chapter": chapter, "profile": parameters["profile"], "parameters": parameters, "command": command}
-    write_json(folder / "run.json", facts | made_of(chapter))
+    write_json(folder / "run.json", facts | made_of(chapter) | ({"plain": True} if plain else {}))
 
 
 def asked(folder: Path) -> dict[str, Any]:
@@ -52,8 +53,9 @@ def asked(folder: Path) -> dict[str, Any]:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the run came to its end: its notebook appears last."""
-    return (folder / "notebook.ipynb").is_file() and (folder / "record.json").is_file()
+    """Whether the run came to its end: its notebook, or the output of a plain run, appears last."""
+    ended = any((folder / name).is_file() for name in ("notebook.ipynb", PLAIN_OUTPUT))
+    return ended and (folder / "record.json").is_file()
 
 
 def made_of(chapter: str) -> dict[str, str]:
@@ -70,7 +72,8 @@ class Follow:
 
     def __init__(self, events: Path, *, as_json: bool = False) -> None:
         self.events, self.as_json = events, as_json
-        self.live = sys.stderr.isatty() and not as_json
+        self.out, self.err = sys.stdout, sys.stderr  # a plain run redirects what its chapter prints
+        self.live = self.err.isatty() and not as_json
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._read = 0
@@ -87,7 +90,7 @@ class Follow:
         self._thread.join()
         self._drain()
         if self.live:
-            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+            print("\r\x1b[2K", end="", file=self.err, flush=True)
 
     def _work(self) -> None:
         while not self._end.wait(0.2):
@@ -100,7 +103,7 @@ class Follow:
         self._read += len(whole) + len(newline)
         for line in whole.decode("utf-8", "replace").splitlines():
             if self.as_json:
-                print(line, flush=True)
+                print(line, file=self.out, flush=True)
             else:
                 self._show(line)
 
@@ -110,8 +113,8 @@ class Follow:
         if event["event"] in ("done", "stopped"):
             clear = "\r\x1b[2K" if self.live else ""
             took = f"{event['event']} after {event['step']} steps, {clock(event['seconds'])}"
-            print(f"{clear}{name}: {took}, {latest}", file=sys.stderr, flush=True)
+            print(f"{clear}{name}: {took}, {latest}", file=self.err, flush=True)
         elif event["event"] == "progress" and self.live:
             text = f"{name}: {event['step']}/{event['n_steps']}, {clock(event['eta'])} left, {latest}"
             width = shutil.get_terminal_size().columns - 1
-            print(f"\r\x1b[2K{text[:width]}", end="", file=sys.stderr, flush=True)
+            print(f"\r\x1b[2K{text[:width]}", end="", file=self.err, flush=True)
