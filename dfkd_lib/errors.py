@@ -45,4 +45,5 @@ def unknown(kind: str, name: object, known: Iterable[str]) -> InputError:
     names = sorted(known)
     near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    return InputError(f"unknown {kind} {str(name)!r}; {hint}known: {', '.join(names) or 'none'}")
+    shown = repr(str(name)[:80])
+    return InputError(f"unknown {kind} {shown}; {hint}known: {', '.join(names) or 'none'}")

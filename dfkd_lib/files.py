@@ -1,7 +1,8 @@
-"""Files appear whole or not at all; what parallel runs share takes a lock."""
+"""Files appear whole or not at all; what is read has the shape that it must have; parallel runs take locks."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -13,9 +14,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .errors import DamagedFile, DFKDError
+from .errors import DamagedFile, DFKDError, InputError
 
 PART = ".part"
+_CLOSED = (errno.EROFS, errno.EACCES, errno.EPERM)  # a place that this user cannot write to
 
 
 @contextmanager
@@ -66,16 +68,57 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
+def read_json(path: Path, shape: Any = object, remedy: str = "delete it to have it written anew") -> Any:
+    """Read a JSON file that this project wrote.
+
+    Args:
+        remedy: what to do about a damaged one.
+        shape: what must stand in it. A type; `float` takes whole numbers too. A mapping from keys to shapes: these
+            keys must be there, those that end in `?` may be, others are not looked at; `{str: shape}` holds for every
+            value. A list of one shape, for every element. A tuple of shapes: one of them.
 
     Raises:
-        DamagedFile: it cannot be parsed.
+        DamagedFile: it cannot be read or parsed, or has another shape; the message names the place in it.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as e:
-        raise DamagedFile(f"{path} is not valid JSON ({e}); delete it to have it written anew") from e
+        value = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_constant)
+    except (ValueError, RecursionError) as e:
+        raise DamagedFile(f"{path} is not valid JSON ({e}); {remedy}") from e
+    except OSError as e:
+        raise DamagedFile(f"cannot read {path}: {e.strerror or e}") from e
+    if wrong := misfit(value, shape):
+        raise DamagedFile(f"{path} is damaged: {wrong}; {remedy}")
+    return value
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is no number of JSON")
+
+
+def misfit(value: Any, shape: Any, at: str = "it") -> str:
+    """Where and how a value departs from a shape, as `read_json` takes it; empty if it does not."""
+    if isinstance(shape, list):
+        if not isinstance(value, list):
+            return f"{at} must be a list"
+        parts = [(item, shape[0], f"{at}[{i}]") for i, item in enumerate(value)]
+    elif isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return f"{at} must be a mapping"
+        if str in shape:
+            parts = [(item, shape[str], f"{at}[{key!r}]") for key, item in value.items()]
+        else:
+            if missing := [key for key in shape if not key.endswith("?") and key not in value]:
+                return f"{at} lacks {missing[0]!r}"
+            known = {key.removesuffix("?"): inner for key, inner in shape.items()}
+            parts = [(item, known[key], f"{at}[{key!r}]") for key, item in value.items() if key in known]
+    elif isinstance(shape, tuple):
+        wrong = [misfit(value, option, at) for option in shape]
+        return "" if "" in wrong else " or ".join(dict.fromkeys(wrong))
+    else:
+        allowed = (float, int) if shape is float else shape
+        fits = isinstance(value, allowed) and (type(value) is not bool or shape in (bool, object))
+        return "" if fits else f"{at} must be {'null' if shape is type(None) else shape.__name__}"
+    return next(filter(None, (misfit(*part) for part in parts)), "")
 
 
 def sha256(path: Path) -> str:
@@ -84,20 +127,46 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def output_folder(path: Path | str) -> Path:
+    """The absolute path of a folder to write into, which is made if it is not there.
+
+    Raises:
+        InputError: there can be no such folder, or this user cannot write to it.
+    """
+    try:
+        folder = Path(path).expanduser().resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except (OSError, RuntimeError, ValueError) as e:
+        why = e.strerror if isinstance(e, OSError) else e
+        raise InputError(f"cannot write into folder {str(path)[:200]}: {why}; choose another") from e
+    return folder
+
+
 @contextmanager
 def lock(path: Path, *, timeout: float = -1, what: str = "it") -> Iterator[None]:
     """Hold an exclusive lock file; it is released when the process ends, however it ends.
+
+    Where this user cannot write, there is nothing to guard and no lock is taken: a read-only cache can be read.
 
     Args:
         timeout: seconds to wait; negative waits for ever.
         what: the thing that is locked, for the message.
 
     Raises:
-        DFKDError: another process holds the lock for longer than `timeout`.
+        DFKDError: another process holds the lock for longer than `timeout`, or a lock cannot be had there.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(path, timeout=timeout)
     try:
-        with FileLock(path, timeout=timeout):
-            yield
+        path.parent.mkdir(parents=True, exist_ok=True)
+        held.acquire()
     except Timeout as e:
         raise DFKDError(f"{what} is in use by another process (lock {path}); wait for it or choose another") from e
+    except (OSError, NotImplementedError) as e:
+        if not (isinstance(e, OSError) and e.errno in _CLOSED):
+            raise DFKDError(f"cannot lock {path}: {getattr(e, 'strerror', None) or e}") from e
+    try:
+        yield
+    finally:
+        held.release()

@@ -8,6 +8,8 @@ import os
 from functools import cache
 from pathlib import Path
 
+from .errors import InputError
+
 PACKAGE = Path(__file__).resolve().parent
 
 
@@ -22,16 +24,19 @@ def code_fingerprint() -> str:
 
 def cache_root() -> Path:
     """Teachers and other results worth keeping: `DFKD_CACHE`, or `dfkd` in the user's cache folder."""
-    if chosen := os.environ.get("DFKD_CACHE"):
-        return Path(chosen).expanduser()
-    base = os.environ.get("LOCALAPPDATA") or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "dfkd"
+    if chosen := _chosen("DFKD_CACHE"):
+        return chosen
+    if base := os.environ.get("LOCALAPPDATA") or os.environ.get("XDG_CACHE_HOME"):
+        return Path(base) / "dfkd"
+    try:
+        return Path.home() / ".cache" / "dfkd"
+    except RuntimeError as e:
+        raise InputError("this user has no home folder for a cache; set DFKD_CACHE to a folder") from e
 
 
 def data_root() -> Path:
     """Datasets as `<name>/<split>.npz`: `DFKD_DATA`, or `data` inside the cache."""
-    chosen = os.environ.get("DFKD_DATA")
-    return Path(chosen).expanduser() if chosen else cache_root() / "data"
+    return _chosen("DFKD_DATA") or cache_root() / "data"
 
 
 def repository_root() -> Path | None:
@@ -41,7 +46,16 @@ def repository_root() -> Path | None:
 
 def book_root() -> Path:
     """Chapters, profiles, paper cards and results: `DFKD_BOOK`, the checkout's `book/`, or the wheel's copy."""
-    if chosen := os.environ.get("DFKD_BOOK"):
-        return Path(chosen).expanduser()
+    if chosen := _chosen("DFKD_BOOK"):
+        return chosen
     root = repository_root()
     return root / "book" if root else PACKAGE / "_book"
+
+
+def _chosen(variable: str) -> Path | None:
+    """The folder that an environment variable names, if it is set."""
+    text = os.environ.get(variable)
+    try:
+        return Path(text).expanduser() if text else None
+    except RuntimeError as e:
+        raise InputError(f"{variable} is {text}, and there is no such user; correct it") from e

@@ -15,8 +15,24 @@ from .files import read_json, write_json
 from .locations import book_root, code_fingerprint
 
 SCHEMA = 1
+_REMEDY = "run the chapter again to write it anew"
 SCALES = ("paper", "gpu", "cpu", "smoke")
-_KEYS = {"schema", "chapter", "profile", "parameters", "seed", "metrics", "best", "seconds", "finished"}
+_FIGURES = {str: (float, type(None))}
+_SHAPE = {
+    "schema": int,
+    "chapter": str,
+    "profile": str,
+    "parameters": dict,
+    "seed": int,
+    "metrics": _FIGURES,
+    "best": _FIGURES,
+    "seconds": float,
+    "finished": str,
+    "runtime?": str,
+    "hardware?": dict,
+    "packages?": {str: str},
+    "data?": [{"name": str, "split": str}],
+}
 
 
 def provenance() -> dict[str, Any]:
@@ -52,12 +68,15 @@ def read(folder: Path) -> dict[str, Any]:
     """Read `folder/record.json`; adds "run" (the folder's name) and "folder".
 
     Raises:
-        DamagedFile: the file is no record of this schema.
+        DamagedFile: the file is no record of this schema; the message names what is wrong.
     """
     path = folder / "record.json"
-    record = read_json(path)
-    if not isinstance(record, dict) or not record.keys() >= _KEYS or record["schema"] != SCHEMA:
-        raise DamagedFile(f"{path} is not a record of schema {SCHEMA}; run the chapter again to write it anew")
+    record = read_json(path, _SHAPE, remedy=_REMEDY)
+    if record["schema"] != SCHEMA:
+        raise DamagedFile(f"{path} is not a record of schema {SCHEMA}; {_REMEDY}")
+    for key in (*record["metrics"], *record["best"]):
+        if key.count("/") != 2:
+            raise DamagedFile(f"{path} is damaged: {key!r} is no <experiment>/<row>/<measure>; {_REMEDY}")
     return {**record, "run": folder.name, "folder": folder}
 
 

@@ -59,7 +59,7 @@ class Runtime:
             device: "auto" (CUDA, else MPS, else CPU), or a torch device such as "cuda:1".
             precision: "auto" is bfloat16 where the hardware multiplies it natively, float16 on older CUDA
                 cards, float32 elsewhere.
-            seed: any integer; also seeds torch's global generators.
+            seed: any integer of 64 bits; also seeds torch's global generators.
             channels_last: None follows the precision: on for 16 bits, off otherwise.
             threads: CPU threads for torch; 0 leaves torch's own choice.
 
@@ -75,8 +75,10 @@ class Runtime:
             raise InputError("precision float64 does not exist on mps; choose float32 or device cpu")
         if precision == "float16" and chosen.type == "cpu":
             raise InputError("precision float16 is for GPUs; on cpu choose bfloat16 or float32")
-        if threads < 0:
-            raise InputError(f"threads must be 0 or more, not {threads}")
+        if not 0 <= threads <= 1024:
+            raise InputError(f"threads must be between 0 and 1024, not {threads}")
+        if not -(2**63) <= seed < 2**63:
+            raise InputError(f"seed {seed} has more than 63 bits; choose a smaller one")
         if threads:
             torch.set_num_threads(threads)
         if channels_last is None:

@@ -202,11 +202,19 @@ def _train(
     partial.unlink(missing_ok=True)
 
 
+_FACTS = {
+    "model": str,
+    "data": {"name": str, "shape": [int]},
+    "n_classes": int,
+    "sha256": str,
+    "test": {str: float},
+    "curve": {str: [list]},
+}
+
+
 def _load(path: Path, runtime: Runtime) -> Teacher:
     remedy = f"delete {path.with_suffix('.json')} to have the teacher trained anew"
-    facts = read_json(path.with_suffix(".json"))
-    if not isinstance(facts, dict) or not {"model", "data", "n_classes", "sha256", "test", "curve"} <= facts.keys():
-        raise DamagedFile(f"{path.with_suffix('.json')} does not describe a teacher; {remedy}")
+    facts = read_json(path.with_suffix(".json"), _FACTS, remedy)
     if not path.exists() or sha256(path) != facts["sha256"]:
         raise DamagedFile(f"teacher {path} is missing, damaged or cut short (checksum differs); {remedy}")
     module = _build(facts, facts["n_classes"])

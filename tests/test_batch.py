@@ -20,9 +20,10 @@ import pytest
 import tiny_book
 
 from dfkd_lib import records
-from dfkd_lib.reproduction import batch, plans, runs
+from dfkd_lib.reproduction import batch, board, cluster, plans, runs, workers
 from dfkd_lib.reproduction.cli import main
 
+pytest.importorskip("cryptography", reason="workers of our own talk through TLS: pip install 'dfkd-lib[batch]'")
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals differ")
 
 FORTY = """# forty points
@@ -214,6 +215,27 @@ def test_an_interrupted_batch_of_our_own_goes_on() -> None:
     assert plans.state(folder) == "unfinished" and plans.state(folder_of(101)) == "to run"
 
 
+def test_workers_of_our_own_let_nobody_else_in_and_serve_no_pages() -> None:
+    from distributed import Client
+
+    with cluster.connect(None, 1, 0) as client:
+        client.wait_for_workers(1)
+        scheduler = client.cluster.scheduler
+        mine = [scheduler.address, *scheduler.workers]
+        assert all(address.startswith("tls://") for address in mine)
+        for address in mine:
+            with pytest.raises(OSError):
+                Client(address.replace("tls://", "tcp://"), timeout=0.5, set_as_default=False)
+            with pytest.raises((OSError, TypeError)):
+                Client(address, timeout=0.5, set_as_default=False)
+        ours = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
+        open_ports = {
+            c.laddr.port for pid in ours for c in psutil.Process(pid).net_connections() if c.status == "LISTEN"
+        }
+        pages = {scheduler.http_server.port, *client.run(lambda dask_worker: dask_worker.http_server.port).values()}
+        assert not open_ports & pages
+
+
 def test_what_cannot_start_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     def refused(command: str, status: int = 2) -> str:
         assert main(command.split()) == status
@@ -251,29 +273,29 @@ def test_a_worker_without_the_folder_sends_what_it_made(here: Path, monkeypatch:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     Path("plan.yml").write_text("chapters: [tiny]\n")
     (point,) = plans.read(Path("plan.yml")).points
-    task = batch.Task(point, str(here / "elsewhere" / point.name), threads=3, gpus=2)
-    outcome = batch.run_point(task)
+    task = workers.Task(point, str(here / "elsewhere" / point.name), threads=3, gpus=2)
+    outcome = workers.run_point(task)
     assert not outcome["error"] and said[0]["event"] == "begin"
     assert json.loads(outcome["files"]["record.json"])["threads"] == "3"
-    row = batch.Row(point, here / "runs" / point.name)
+    row = board.Row(point, here / "runs" / point.name)
     batch._bring_in(row, outcome)
     assert plans.state(row.folder) == "finished"
-    assert batch._environment(task, 1)["CUDA_VISIBLE_DEVICES"] == "6,7"
+    assert workers._environment(task, 1)["CUDA_VISIBLE_DEVICES"] == "6,7"
 
     chapter = here / "book/chapters/tiny.ipynb"
     chapter.write_text(chapter.read_text() + "\n")
-    assert "another version" in batch.run_point(task)["error"], "a worker does not run what it was not asked for"
+    assert "another version" in workers.run_point(task)["error"], "a worker does not run what it was not asked for"
 
 
 def test_the_table_shows_what_matters_first(here: Path) -> None:
     Path("plan.yml").write_text("chapters: [tiny]\nseeds: [0, 1, 2, 3, 4, 5]\n")
-    rows = {point.name: batch.Row(point, here) for point in plans.read(Path("plan.yml")).points}
+    rows = {point.name: board.Row(point, here) for point in plans.read(Path("plan.yml")).points}
     of = list(rows.values())
     of[3].now, of[3].note, of[3].since = "running", "toy 1/3, 0:10 left", time.monotonic()
     of[4].now, of[4].note = "failed", "it broke"
     of[0].now = "done"
-    board = batch._Board(rows, batch.Summary(before=2), False, False, lambda event: None)
-    texts = [text for text, _ in board.lines(6)]
+    shown = board.Board(rows, 2, False, False, lambda event: None)
+    texts = [text for text, _ in shown.lines(6)]
     assert texts == [
         "3 waiting, 1 running, 1 done, 1 failed, 2 done before",
         "running  tiny smoke seed 3  0:00  toy 1/3, 0:10 left",

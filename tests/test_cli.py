@@ -49,7 +49,7 @@ def waiting_run(folder: Path) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-m", "dfkd_lib", "run", "tiny", "-p", "mode", "wait", "--out", str(folder)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 180
             while not (folder / "done.txt").exists():
                 assert process.poll() is None and time.monotonic() < deadline
                 time.sleep(0.05)
@@ -163,7 +163,7 @@ def test_a_damaged_run_folder_is_named(capsys: pytest.CaptureFixture[str]) -> No
     Path("a/run.json").write_text('{"chapter": "ti')
     assert "run.json is not valid JSON" in refused(capsys, "run tiny --resume a", status=1)
     Path("a/run.json").write_text("{}")
-    assert "does not describe a run" in refused(capsys, "run tiny --resume a", status=1)
+    assert "run.json is damaged: it lacks 'chapter'" in refused(capsys, "run tiny --resume a", status=1)
 
 
 def test_a_killed_run_resumes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,8 @@ import yaml
 from dfkd_lib.errors import DamagedFile, InputError
 from dfkd_lib.locations import book_root
 from dfkd_lib.reproduction import papers
-from dfkd_lib.reproduction.papers import Claim, Evidence, judge
+from dfkd_lib.reproduction.cards import Claim, Evidence, read_card
+from dfkd_lib.reproduction.verdicts import Verdict, judge
 
 BETTER = Evidence("classification/DFAD/accuracy", than="classification/RANDOM/accuracy")
 RATIO = Evidence("classification/DFAD/accuracy", 0.9, of="classification/teacher/accuracy")
@@ -21,7 +22,7 @@ def record(**accuracies: float | None) -> dict[str, Any]:
     return {"metrics": {f"classification/{row}/accuracy": value for row, value in accuracies.items()}}
 
 
-def verdict(evidence: Evidence | list[Evidence], *records: dict[str, Any]) -> papers.Verdict:
+def verdict(evidence: Evidence | list[Evidence], *records: dict[str, Any]) -> Verdict:
     pieces = tuple(evidence) if isinstance(evidence, list) else (evidence,)
     return judge(Claim("id", "text", "where", pieces), records)
 
@@ -180,7 +181,7 @@ def test_a_malformed_card_names_file_and_key(tmp_path: Path, path: tuple[Any, ..
     target = tmp_path / "dfad.yml"
     target.write_text(yaml.safe_dump(card), encoding="utf-8")
     with pytest.raises(DamagedFile, match=named) as caught:
-        papers.read_card(target)
+        read_card(target)
     assert str(target) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -188,7 +189,7 @@ def test_a_card_that_is_not_yaml(tmp_path: Path) -> None:
     target = tmp_path / "dfad.yml"
     target.write_text("id: [dfad\n", encoding="utf-8")
     with pytest.raises(DamagedFile, match="not valid YAML") as caught:
-        papers.read_card(target)
+        read_card(target)
     assert "\n" not in str(caught.value)
 
 

@@ -139,7 +139,7 @@ def test_a_broken_notebook_is_named(book: Path) -> None:
     with pytest.raises(DamagedFile, match=r"tiny\.ipynb"):
         ps.parameters("tiny")
     path.write_text("[]")
-    with pytest.raises(DamagedFile, match="is not a notebook"):
+    with pytest.raises(DamagedFile, match="damaged"):
         ps.parameters("tiny")
     path.write_text('{"cells": []}')
     with pytest.raises(DamagedFile, match="needs exactly one"):

@@ -95,12 +95,10 @@ def test_a_record_says_where_a_run_was_resumed_and_other_parameters_are_refused(
     run = {"n_steps": 5, "evaluate": lambda: {"accuracy": 0.5}}
     with pytest.raises(KeyError):
         chapter.fit("a/DFAD", method, **run)
-    chapter._held.close()
     for changes, said in (({"seed": 1}, "seed = 0 where this one has seed = 1"), ({"k": 7}, "has k = 7")):
         other = begin(**changes)
         with pytest.raises(DamagedFile, match=said):
             other.fit("a/DFAD", game(other), **run)
-        other._held.close()
     again = begin(threads=1)
     again.fit("a/DFAD", game(again), **run)
     assert again.finish()["resumed"] == {"a/DFAD": {"at": [3], "sources": [records.provenance()["code"]["source"]]}}

@@ -293,13 +293,13 @@ def gradient_norms(
     weights = [p for p in generator.parameters() if p.requires_grad]
     rows = []
     for gap in gaps:
-        x = generator(z)
-        t, s = teacher(x), student(x)
-        s = t + gap * (s - t)
         for name, loss in IMITATION.items():
+            x = generator(z)
+            t, s = teacher(x), student(x)
+            s = t + gap * (s - t)
             apart = s.detach().requires_grad_()
             (at_logits,) = torch.autograd.grad(loss(apart, t.detach()), apart)
-            at_weights = torch.autograd.grad(loss(s, t), weights, retain_graph=True)
+            at_weights = torch.autograd.grad(loss(s, t), weights)
             norm = torch.stack([g.norm() for g in at_weights]).norm()
             rows.append({"gap": gap, "loss": name, "student": float(at_logits.norm()), "generator": float(norm)})
     return rows

@@ -35,7 +35,13 @@ KEEP = ("first", "spaced", "random")
 def bert(
     vocabulary: Vocabulary, n_classes: int, *, layers: int, width: int, heads: int, positions: int, dropout: float = 0.1
 ) -> Any:
-    """A `BertForSequenceClassification` with random weights; its feed-forward layers are four times as wide."""
+    """A `BertForSequenceClassification` with random weights; its feed-forward layers are four times as wide.
+
+    Raises:
+        InputError: the width cannot be shared out among the heads.
+    """
+    if width % heads:
+        raise InputError(f"a width of {width} cannot be shared by {heads} heads; choose a multiple")
     transformers = transformers_or_error()
     config = transformers.BertConfig(
         vocab_size=len(vocabulary.words), hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
@@ -233,7 +239,7 @@ def train_or_load(
             }
             write_json(path.with_suffix(".json"), facts)
             partial.unlink(missing_ok=True)
-        facts = read_json(path.with_suffix(".json"))
+        facts = read_json(path.with_suffix(".json"), {"sha256": str, "test": {str: float}})
         if not path.exists() or sha256(path) != facts["sha256"]:
             raise DamagedFile(
                 f"teacher {path} is missing, damaged or cut short; delete {path.with_suffix('.json')} to train it anew"

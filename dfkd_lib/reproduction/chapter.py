@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .. import data, records
-from ..errors import NonFiniteLoss
-from ..files import lock, remove_leftovers, replace_file, write_text
+from ..errors import InputError, NonFiniteLoss
+from ..files import lock, output_folder, remove_leftovers, replace_file, write_text
+from ..locations import PACKAGE
 from ..runtime import Runtime, hardware
 from ..training.fit import Fit, Method, fit, resumed
-from .parameters import parameters
+from .parameters import check_parameters, parameters
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,13 +51,14 @@ class Chapter:
         fits: the finished runs by name.
 
     Raises:
-        InputError: a device or precision that cannot be.
+        InputError: a parameter of the wrong type or out of range, or a device or precision that cannot be.
         DFKDError: another process is at work in the same folder.
     """
 
     def __init__(self, name: str, namespace: Mapping[str, Any]) -> None:
         self.name = name
-        self.parameters = {key: namespace[key] for key in parameters(name) if key in namespace}
+        _same_package()
+        self.parameters = check_parameters(name, {key: namespace[key] for key in parameters(name) if key in namespace})
         chosen = self.parameters
         self.runtime = Runtime.choose(
             chosen["device"],
@@ -67,7 +69,7 @@ class Chapter:
             threads=chosen["threads"],
         )
         out = chosen["out"] or os.environ.get("DFKD_OUT", "")
-        self.out = Path(out).expanduser().resolve() if out else None
+        self.out = output_folder(out) if out else None
         self.metrics: dict[str, float | None] = {}
         self.best: dict[str, float | None] = {}
         self.fits: dict[str, Fit] = {}
@@ -166,6 +168,20 @@ class Chapter:
             write_text(self.out / "history.csv", _history_csv(self.fits))
             records.write(self.out, record)
         return record
+
+
+def _same_package() -> None:
+    """Two installed copies of this library are a trap: the command may be of one, and its chapters of the other.
+
+    Raises:
+        InputError: the command that started this chapter runs from another copy.
+    """
+    asked = os.environ.get("DFKD_PACKAGE")
+    if asked and Path(asked) != PACKAGE:
+        raise InputError(
+            f"two packages dfkd_lib are on the path: dfkd runs from {asked}, and the chapter imports {PACKAGE}; "
+            "uninstall one, or take it out of PYTHONPATH"
+        )
 
 
 def _hold(folder: Path) -> None:

@@ -14,7 +14,7 @@ import yaml
 
 from ..errors import DFKDError, InputError
 from ..files import write_text
-from ..locations import book_root, repository_root
+from ..locations import PACKAGE, book_root, repository_root
 from .parameters import notebook_path, parameters
 
 # The first code cell of every chapter, tagged `setup` and `hide-input`.
@@ -169,20 +169,30 @@ def _jupyter() -> tuple[Any, tuple[type[Exception], ...]]:
     """The papermill module, and the errors by which a kernel or its client gives up."""
     try:
         import papermill
-        from jupyter_client.kernelspec import NoSuchKernel
         from nbclient.exceptions import CellControlSignal, CellTimeoutError, DeadKernelError
     except ImportError as e:
         raise DFKDError(f"running a chapter needs Jupyter ({e}): pip install 'dfkd-lib[book]'") from e
-    return papermill, (CellControlSignal, CellTimeoutError, DeadKernelError, NoSuchKernel, RuntimeError, OSError)
+    return papermill, (CellControlSignal, CellTimeoutError, DeadKernelError, RuntimeError, OSError)
 
 
 def _kernel_manager(log: Path, environment: Mapping[str, str]) -> type:
     """A class of kernels with further environment variables, whose own messages go to a file.
 
-    They talk over files rather than ports: many can start at once, and nobody else can connect. Not on
-    Windows, nor where the path of a socket would be too long for the system.
+    They run in this interpreter, whatever a kernel of the same name is installed as, and import this library where
+    this process has it from. They talk over files rather than ports: many can start at once, and nobody else can
+    connect. Not on Windows, nor where the path of a socket would be too long for the system.
     """
+    from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
+
+    here = KernelSpec(
+        argv=[sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        display_name="Python 3 (ipykernel)",
+        language="python",
+    )
+    own = {"DFKD_PACKAGE": str(PACKAGE), **environment}
+    if repository_root():  # a checkout, not installed packages, which would hide modules of Python itself
+        own["PYTHONPATH"] = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
 
     files_work = sys.platform != "win32" and len(tempfile.gettempdir()) <= 60
 
@@ -193,8 +203,12 @@ def _kernel_manager(log: Path, environment: Mapping[str, str]) -> type:
                 kwargs |= {"transport": "ipc", "connection_file": f"{self._folder.name}/c.json"}
             super().__init__(*args, **kwargs)
 
+        @property
+        def kernel_spec(self) -> KernelSpec:
+            return here
+
         async def start_kernel(self, **kwargs: Any) -> None:  # type: ignore[override]
             with open(log, "wb") as f:
-                await super().start_kernel(env={**os.environ, **environment}, stdout=f, stderr=f, **kwargs)
+                await super().start_kernel(env={**os.environ, **own}, stdout=f, stderr=f, **kwargs)
 
     return Manager

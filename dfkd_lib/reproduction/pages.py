@@ -14,9 +14,10 @@ from .. import records
 from ..locations import repository_root
 from . import display, parameters, tables
 from .display import HTML
-from .papers import paper, paper_ids, seeds
+from .papers import paper, paper_ids
 from .tables import at_largest_scale
 from .tables import comparison as comparison  # chapters call it as pages.comparison
+from .verdicts import seeds
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import ast
 import io
+import json
 import math
 import re
 import tokenize
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import yaml
 from ..errors import DamagedFile, InputError, unknown
 from ..files import read_json
 from ..locations import book_root
+from .yaml_files import read_yaml
 
 _NUMBER = r"\s*([-+]?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?)?\s*"
 _INTERVAL = re.compile(rf"([\[(]){_NUMBER}\.\.{_NUMBER}([\])])\s*(.*)")
@@ -57,6 +60,10 @@ class Parameter:
             InputError: wrong type, or out of range.
         """
         if self.default is None:
+            try:
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError, RecursionError):
+                raise self._error(value, "must be made of numbers, text and lists") from None
             return value
         if not isinstance(self.default, list):
             return self._in_range(self._typed(value, self.default), value)
@@ -98,7 +105,10 @@ class Parameter:
         return value
 
     def _error(self, value: Any, message: str) -> InputError:
-        return InputError(f"parameter {self.name}: {value!r} {message}")
+        shown = repr(value)
+        if len(shown) > 100:
+            shown = f"{shown[:97]}..."
+        return InputError(f"parameter {self.name}: {shown} {message}")
 
 
 def chapters() -> list[str]:
@@ -131,12 +141,18 @@ def cells(path: Path) -> list[tuple[str, str, list[str]]]:
         DamagedFile: the file is no notebook.
     """
     try:
-        return [
-            (cell["cell_type"], "".join(cell["source"]), cell["metadata"].get("tags", []))
-            for cell in read_json(path)["cells"]
-        ]
-    except (KeyError, TypeError, AttributeError) as e:
-        raise DamagedFile(f"{path} is not a notebook ({e!r}); restore it") from e
+        facts = path.stat()
+    except OSError as e:
+        raise DamagedFile(f"cannot read {path}: {e.strerror}; restore it") from e
+    return _read_cells(path, facts.st_mtime_ns, facts.st_size)
+
+
+@lru_cache(maxsize=64)
+def _read_cells(path: Path, *version: int) -> list[tuple[str, str, list[str]]]:
+    """The cells of a notebook, read once for each version of the file: a plan asks a thousand times."""
+    cell = {"cell_type": str, "source": (str, [str]), "metadata": {"tags?": [str]}}
+    read = read_json(path, {"cells": [cell]}, remedy="restore the notebook")
+    return [(c["cell_type"], "".join(c["source"]), c["metadata"].get("tags", [])) for c in read["cells"]]
 
 
 def parameters(chapter: str) -> dict[str, Parameter]:
@@ -150,7 +166,12 @@ def parameters(chapter: str) -> dict[str, Parameter]:
     sources = [source for _, source, tags in cells(path) if "parameters" in tags]
     if len(sources) != 1:
         raise DamagedFile(f"{path} has {len(sources)} cells tagged 'parameters'; it needs exactly one")
-    return read_cell(sources[0], str(path))
+    return dict(_read_once(sources[0], str(path)))
+
+
+@lru_cache(maxsize=64)
+def _read_once(source: str, where: str) -> dict[str, Parameter]:
+    return read_cell(source, where)
 
 
 def read_cell(source: str, where: str = "the parameters cell") -> dict[str, Parameter]:
@@ -190,8 +211,8 @@ def profile(chapter: str, name: str) -> dict[str, Any]:
     """
     if name not in profiles(chapter):
         raise unknown(f"profile of {chapter}", name, profiles(chapter))
-    path = _profile_path(chapter, name)
-    return check_parameters(chapter, {**({} if name == "smoke" else read_yaml(path)), "profile": name})
+    values = {} if name == "smoke" else parameter_file(_profile_path(chapter, name))
+    return check_parameters(chapter, {**values, "profile": name})
 
 
 def profile_note(chapter: str, name: str) -> str:
@@ -208,21 +229,22 @@ def _profile_path(chapter: str, name: str) -> Path:
     return book_root() / "profiles" / chapter / f"{name}.yml"
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a flat YAML file of parameters.
+def parameter_file(path: Path) -> dict[str, Any]:
+    """Read the parameters that a flat YAML file sets.
 
     Raises:
-        InputError: the file is not there, or not a mapping.
+        InputError: the file is not there, is no such file, or sets what only the command can set.
     """
-    try:
-        read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as e:
-        raise InputError(f"cannot read {path}: {e.strerror}") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise InputError(f"{path} is not YAML: {' '.join(str(e).split())}") from e
-    if read is not None and not isinstance(read, dict):
-        raise InputError(f"{path} must hold lines such as `seed: 3`")
-    return read or {}
+    values = read_yaml(path)
+    refuse_places(values, str(path))
+    return values
+
+
+def refuse_places(names: Iterable[str], where: str) -> None:
+    """Profile and folder of a run are options of the command: what sets them elsewhere is an InputError."""
+    for name, option in {"profile": "--profile", "out": "--out"}.items():
+        if name in names:
+            raise InputError(f"set {name} with {option}, not in {where}")
 
 
 def check_parameters(chapter: str, given: Mapping[str, Any], texts: Iterable[tuple[str, str]] = ()) -> dict[str, Any]:
@@ -254,7 +276,7 @@ def _literal(text: str, example: Any) -> Any:
     for read in readers:
         try:
             value = read(text)
-        except (ValueError, SyntaxError, yaml.YAMLError):
+        except (ValueError, SyntaxError, yaml.YAMLError, RecursionError, MemoryError):
             continue
         return list(value) if isinstance(value, tuple) else value
     return text

@@ -103,6 +103,7 @@ class _Both(io.TextIOBase):
     def write(self, text: str) -> int:
         for stream in self.streams:
             stream.write(text)
+            stream.flush()
         return len(text)
 
     def flush(self) -> None:

@@ -2,22 +2,43 @@
 
 from __future__ import annotations
 
+import _thread
 import json
 import shutil
+import signal
 import sys
 import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ..errors import DamagedFile, InputError
-from ..files import read_json, sha256, write_json
+from ..errors import InputError
+from ..files import misfit, read_json, sha256, write_json
 from ..locations import code_fingerprint
 from ..training.progress import clock, figures
 from .parameters import notebook_path
 
 LOCK = ".run.lock"
 PLAIN_OUTPUT = "output.txt"
+_ASKED = {
+    "chapter": str,
+    "profile": str,
+    "parameters": dict,
+    "command": str,
+    "plain?": bool,
+    "notebook?": str,
+    "code?": str,
+}
+
+_EVENT = {
+    "event": str,
+    "fit": str,
+    "step": int,
+    "n_steps": int,
+    "seconds?": float,
+    "eta?": float,
+    "metrics?": {str: float},
+}
 
 
 def begin(folder: Path, chapter: str, parameters: dict[str, Any], command: str, *, plain: bool = False) -> None:
@@ -41,14 +62,12 @@ def asked(folder: Path) -> dict[str, Any]:
 
     Raises:
         InputError: the folder holds no run.
-        DamagedFile: `run.json` lacks something.
+        DamagedFile: `run.json` lacks something, or holds something else.
     """
     path = folder / "run.json"
     if not path.is_file():
         raise InputError(f"{folder} holds no run to resume: there is no run.json in it")
-    facts = read_json(path)
-    if not isinstance(facts, dict) or not facts.keys() >= {"chapter", "profile", "parameters", "command"}:
-        raise DamagedFile(f"{path} does not describe a run; delete {folder} and run the chapter again")
+    facts: dict[str, Any] = read_json(path, _ASKED)
     return facts
 
 
@@ -77,6 +96,7 @@ class Follow:
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._read = 0
+        self._lost: OSError | None = None
 
     def __enter__(self) -> Follow:
         self.events.write_bytes(b"")
@@ -88,13 +108,20 @@ class Follow:
     ) -> None:
         self._end.set()
         self._thread.join()
+        if self._lost:
+            raise self._lost
         self._drain()
         if self.live:
             print("\r\x1b[2K", end="", file=self.err, flush=True)
 
     def _work(self) -> None:
         while not self._end.wait(0.2):
-            self._drain()
+            try:
+                self._drain()
+            except OSError as e:  # what is printed goes nowhere: the chapter ends, as Ctrl-C ends it
+                self._lost = e
+                _interrupt()
+                return
 
     def _drain(self) -> None:
         with open(self.events, "rb") as f:
@@ -102,19 +129,36 @@ class Follow:
             whole, newline, _ = f.read().rpartition(b"\n")
         self._read += len(whole) + len(newline)
         for line in whole.decode("utf-8", "replace").splitlines():
-            if self.as_json:
-                print(line, file=self.out, flush=True)
-            else:
-                self._show(line)
+            if event := _event(line):
+                if self.as_json:
+                    print(line, file=self.out, flush=True)
+                else:
+                    self._show(event)
 
-    def _show(self, line: str) -> None:
-        event = json.loads(line)
+    def _show(self, event: dict[str, Any]) -> None:
         name, latest = event["fit"], figures(event.get("metrics", {}))
         if event["event"] in ("done", "stopped"):
             clear = "\r\x1b[2K" if self.live else ""
-            took = f"{event['event']} after {event['step']} steps, {clock(event['seconds'])}"
+            took = f"{event['event']} after {event['step']} steps, {clock(event.get('seconds', 0.0))}"
             print(f"{clear}{name}: {took}, {latest}", file=self.err, flush=True)
         elif event["event"] == "progress" and self.live:
-            text = f"{name}: {event['step']}/{event['n_steps']}, {clock(event['eta'])} left, {latest}"
+            text = f"{name}: {event['step']}/{event['n_steps']}, {clock(event.get('eta', 0.0))} left, {latest}"
             width = shutil.get_terminal_size().columns - 1
             print(f"\r\x1b[2K{text[:width]}", end="", file=self.err, flush=True)
+
+
+def _interrupt() -> None:
+    """What Ctrl-C does, from another thread; where there are signals, it wakes the main thread if that waits."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+    else:
+        _thread.interrupt_main()
+
+
+def _event(line: str) -> dict[str, Any] | None:
+    """One line of an events file; None where it is no event, as when a chapter wrote something else there."""
+    try:
+        event: dict[str, Any] = json.loads(line)
+    except ValueError:
+        return None
+    return None if misfit(event, _EVENT) else event

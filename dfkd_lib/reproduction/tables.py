@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import records
-from . import papers
+from . import verdicts
+from .cards import Cell, Claim, Paper
 from .display import percent
-from .papers import Cell, Claim, Paper, Record, Verdict, judge, paper, paper_ids, seeds
+from .papers import paper, paper_ids
+from .verdicts import Record, Verdict, judge, seeds, spread
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -119,7 +121,7 @@ def comparison(paper_id: str, experiment: str, runs: Sequence[Record], measure: 
     if {row for row, _ in rows} == {"teacher"}:
         rows = []
     columns = {
-        heading: {row: papers.percent([run[part][key] for run in runs if key in run[part]]) for row, key in rows}
+        heading: {row: verdicts.percent([run[part][key] for run in runs if key in run[part]]) for row, key in rows}
         for heading, part in (("final", "metrics"), ("best", "best"))
     }
     names: dict[str, str] = {}
@@ -154,7 +156,7 @@ def values(found: Sequence[Record]) -> pd.DataFrame:
                 final = [run["metrics"][metric] for run in runs if metric in run["metrics"]]
                 finite = [value for value in final if value is not None]
                 best = [run["best"][metric] for run in runs if run["best"].get(metric) is not None]
-                mean, sd = papers.spread(finite) if finite else (None, None)
+                mean, sd = spread(finite) if finite else (None, None)
                 rows.append(
                     {
                         "chapter": chapter,
@@ -165,7 +167,7 @@ def values(found: Sequence[Record]) -> pd.DataFrame:
                         "sd": sd if len(finite) > 1 else None,
                         "n": len(finite),
                         "diverged": len(final) - len(finite),
-                        "best": papers.spread(best)[0] if best else None,
+                        "best": spread(best)[0] if best else None,
                     }
                 )
     columns = ["chapter", "runs", "pair", "metric", "mean", "sd", "n", "diverged", "best"]
@@ -299,9 +301,9 @@ def _cell(runs: Sequence[Record], part: str, key: str, count: bool) -> str:
     measure = key.split("/")[2]
     if measure == "value" or measure.endswith("seconds"):
         finite = [value for value in found if value is not None]
-        text = " ± ".join(f"{x:.3g}" for x in papers.spread(finite)[: 1 + (len(finite) > 1)]) if finite else ""
+        text = " ± ".join(f"{x:.3g}" for x in spread(finite)[: 1 + (len(finite) > 1)]) if finite else ""
     else:
-        text = papers.percent(found)
+        text = verdicts.percent(found)
     return f"{text} ({seeds(len(found))})" if count and found else text
 
 
