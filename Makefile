@@ -1,5 +1,6 @@
 # make book [PROFILE=smoke]   run every chapter, then build the book from what was run
 # make test                   everything that a change must pass
+# make test-slow              every method at every scale against its floor; hours, with what data DFKD_DATA has
 # make clean                  forget what was built; the environment and the cached teachers stay
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,13 +10,16 @@ WORKERS ?= 2
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: book test install clean
+.PHONY: book test test-slow install clean
 
 book: $(INSTALLED)
 	$(BIN)/python -m dfkd_lib book --profile $(PROFILE) --workers $(WORKERS)
 
 test: $(INSTALLED)
 	$(BIN)/python -m dfkd_lib test
+
+test-slow: $(INSTALLED)
+	$(BIN)/python -m pytest -m slow tests/test_floors.py
 
 install: $(INSTALLED)
 

@@ -62,6 +62,15 @@ def names() -> list[str]:
     return list(_ENTRIES)
 
 
+def needs_batch_norm(name: str) -> bool:
+    """Whether a method matches the running statistics of the teacher's batch norm.
+
+    Raises:
+        InputError: unknown method.
+    """
+    return hasattr(settings_for(name), "bn")
+
+
 def settings_for(
     name: str,
     *,

@@ -105,6 +105,17 @@ def test_the_published_settings_are_those_of_the_dataset():
     assert published("fast", (1, 32, 32), "lr_student") == published("fast", (3, 32, 32), "lr_student")
 
 
+def test_the_methods_that_match_batch_norm_are_those_that_refuse_a_teacher_without_it(float32):
+    for name in distillers.names():
+        networks = [nn.Sequential(nn.Flatten(), nn.Linear(64, 5)) for _ in range(2)]
+        try:
+            distillers.build(name, *networks, SHAPE, float32, preset="digits")
+        except InputError as e:
+            assert "no batch-norm layer" in str(e) and distillers.needs_batch_norm(name)
+        else:
+            assert not distillers.needs_batch_norm(name)
+
+
 def test_a_method_is_built_with_the_published_settings_of_its_images(float32):
     for channels, expected in ((1, 512), (3, 256)):
         networks = [nn.Sequential(nn.Conv2d(channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()) for _ in range(2)]

@@ -1,0 +1,59 @@
+"""The search for presets: the same number of trials for all, no test image, records that are not made twice."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from benchmarks import search
+from dfkd_lib import distillers
+from dfkd_lib.errors import InputError
+from dfkd_lib.locations import PACKAGE
+
+ROOT = PACKAGE.parent
+
+
+PLANS = sorted((ROOT / "benchmarks").glob("search-*.yml"))
+
+
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: path.stem)
+def test_committed_plans_name_settings_that_exist_on_pairs_that_fit(path):
+    plan = yaml.safe_load(path.read_text(encoding="utf-8"))
+    trials = search.trials_of(plan)
+    assert len(trials) == len({json.dumps(trial, sort_keys=True) for trial in trials})
+    for trial in trials:
+        distillers.settings_for(trial["method"], preset="paper", n_updates=plan["n_updates"], **trial["settings"])
+        if distillers.needs_batch_norm(trial["method"]):
+            assert trial["pair"] == "batch-norm"
+
+
+def test_a_method_with_more_trials_than_another_is_refused():
+    of_method = {"pair": "plain", "base": {}}
+    plan = {"methods": {"dafl": of_method | {"trials": [{}, {}]}, "zskt": of_method | {"trials": [{}]}}}
+    with pytest.raises(InputError, match="same number of trials"):
+        search.trials_of(plan)
+
+
+def test_trials_are_recorded_and_run_once(tmp_path):
+    tiny = {"batch_size": 8, "latent_dim": 8, "ngf": 2, "kd_steps": 1, "lr_student": 0.01}
+    plan = {
+        "dataset": "digits", "image_size": 8, "precision": "float32", "seed": 0, "n_updates": 2, "teacher_epochs": 1,
+        "pairs": {"plain": ["digits_cnn", "digits_cnn_half"]},
+        "methods": {"dafl": {"pair": "plain", "base": tiny, "trials": [{}, {"oh": 1.0}]}},
+    }  # fmt: skip
+    path = tmp_path / "search-digits.yml"
+
+    def run() -> dict:
+        path.write_text(yaml.safe_dump(plan), encoding="utf-8")
+        search.main([str(path)])
+        return json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+
+    first = run()
+    assert [trial["settings"] for trial in first["trials"]] == [tiny, tiny | {"oh": 1.0}]
+    assert all(0 <= trial["held-out accuracy"] <= 1 for trial in first["trials"])
+    plan["methods"]["dafl"]["trials"][1] = {"oh": 2.0}
+    second = run()
+    assert second["trials"][:2] == first["trials"], "kept, not run again"
+    assert len(second["trials"]) == 3
