@@ -7,10 +7,6 @@ import hashlib
 import json
 import math
 import warnings
-<<<<<<< HEAD
-=======
-from collections import OrderedDict
->>>>>>> 03c4ea8 (Comparison: a pair with batch norm beside the plain one, terms of the inversions shown and warned of; floors as slow tests; the search behind the presets)
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -28,14 +24,9 @@ from .distillers import DataFreeMethod, build, n_calls, settings_for
 from .errors import DFKDError, InputError, unknown
 from .files import lock
 from .measures.evaluation import accuracy
-<<<<<<< HEAD
+from .methods.diagnosis import without_classes
 from .methods.distiller import BankDistiller
 from .models import count_parameters
-=======
-from .methods.diagnosis import without_classes
-from .methods.distiller import BankDistiller, common_classes
-from .models import Normalize, count_parameters
->>>>>>> 03c4ea8 (Comparison: a pair with batch norm beside the plain one, terms of the inversions shown and warned of; floors as slow tests; the search behind the presets)
 from .runtime import Runtime, hardware
 from .settings import typed
 from .training.budget import Budget
@@ -213,7 +204,7 @@ def distill(
             progress=progress,
         )
         if warning := without_classes(run.history, chosen, num_classes):
-            warnings.warn(f"{method}: {warning}", stacklevel=2)
+            told.append(warning)
         budget = copy.copy(algorithm.budget)
         fresh = _fresh(algorithm)
         agreement = float((fresh["student"] == fresh["teacher"]).float().mean())

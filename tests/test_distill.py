@@ -241,15 +241,12 @@ def test_test_images_may_be_bytes_floats_or_a_set():
     assert "test accuracy" in str(results[0])
 
 
-def test_images_without_a_class_are_warned_of(recwarn):
+def test_images_without_a_class_are_said_to_be_so():
     teacher = Functional().eval()
     with torch.no_grad():
         teacher.last.weight.mul_(1000)  # so sure of itself that a wrong class costs far more than chance
-    drowned = FAST | {"bn": 1e9, "synthesis_batch": 40}
-    dfkd_lib.distill(teacher, Functional(4), "fast", **drowned)
-    assert [str(w.message)[:36] for w in recwarn if "class" in str(w.message)] == [
-        "fast: the class term stayed at chance"[:36]
-    ]
+    result = dfkd_lib.distill(teacher, Functional(4), "fast", **FAST | {"bn": 1e9, "synthesis_batch": 40})
+    assert any("the class term stayed at chance" in line for line in result.record["warnings"])
 
 
 def test_a_student_equal_to_its_teacher_agrees_with_it_everywhere():
