@@ -12,25 +12,30 @@ from .errors import InputError
 
 
 class Bank:
-    """A ring of `size` rows of one shape.
+    """A ring of at most `size` rows of one shape; the memory grows with what is stored, by doubling.
 
     Attributes:
+        rows: the memory, [reserved, ...].
         appended: rows appended since the beginning, overwritten ones included.
+        stored: len(self) as a scalar on the device, for drawing without asking the processor.
     """
 
     def __init__(self, size: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         if size < 1:
             raise InputError(f"a bank must have room for at least 1 row, not {size}")
-        self.rows = torch.zeros(size, *shape, dtype=dtype, device=device)
+        self.size = size
+        self.rows = torch.zeros(0, *shape, dtype=dtype, device=device)
         self.appended = 0
+        self.stored = torch.zeros((), dtype=torch.int64, device=device)
 
     def __len__(self) -> int:
         """Rows stored: min(appended, size)."""
-        return min(self.appended, len(self.rows))
+        return min(self.appended, self.size)
 
     def append(self, rows: Tensor) -> None:
         """Store rows [N, ...]; the oldest make room. Of more than `size` rows the last `size` remain."""
-        size = len(self.rows)
+        size = self.size
+        self._reserve(min(self.appended + len(rows), size))
         first = self.appended + max(0, len(rows) - size)
         kept = rows[-size:].detach().to(self.rows)
         start = first % size
@@ -38,11 +43,19 @@ class Bank:
         self.rows[start : start + head] = kept[:head]
         self.rows[: len(kept) - head] = kept[head:]
         self.appended += len(rows)
+        self.stored.fill_(len(self))
+
+    def _reserve(self, n: int) -> None:
+        """Make room for n rows; as long as there is room to grow, no row was overwritten and they lie in order."""
+        reserved = len(self.rows)
+        if n > reserved:
+            room = min(self.size, max(n, 2 * reserved)) - reserved
+            self.rows = torch.cat([self.rows, self.rows.new_zeros(room, *self.rows.shape[1:])])
 
     def newest(self, n: int) -> Tensor:
         """The last min(n, stored) rows, oldest of them first."""
         n = min(n, len(self))
-        at = torch.arange(self.appended - n, self.appended, device=self.rows.device) % len(self.rows)
+        at = torch.arange(self.appended - n, self.appended, device=self.rows.device) % self.size
         return self.rows[at]
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
@@ -51,7 +64,9 @@ class Bank:
         Args:
             generator: on the device of the bank.
         """
-        return self.rows[torch.randperm(len(self), generator=generator, device=self.rows.device)[:n]]
+        keys = torch.rand(len(self.rows), generator=generator, device=self.rows.device)
+        empty = torch.arange(len(keys), device=keys.device) >= self.stored
+        return self.rows[keys.masked_fill(empty, 2.0).topk(min(n, len(self)), largest=False).indices]
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:
         """n rows at random, with replacement; for training batches, where the order of an epoch does not matter.
@@ -61,7 +76,9 @@ class Bank:
         """
         if not len(self):
             raise InputError("the bank is empty; synthesise images before drawing from it")
-        return self.rows[torch.randint(len(self), (n,), generator=generator, device=self.rows.device)]
+        # From the count on the device and not randint of len(self), which a recorded update would draw for ever.
+        at = torch.rand(n, generator=generator, device=self.rows.device) * self.stored
+        return self.rows[torch.minimum(at.long(), self.stored - 1)]
 
     def state_dict(self) -> dict[str, Any]:
         """The stored rows and the count, oldest row first."""

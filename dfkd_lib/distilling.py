@@ -205,7 +205,8 @@ def distill(
         )
         if warning := without_classes(run.history, chosen, num_classes):
             told.append(warning)
-        budget = copy.copy(algorithm.budget)
+        budget = Budget()
+        budget.load_state_dict(algorithm.budget.state_dict())
         fresh = _fresh(algorithm)
         agreement = float((fresh["student"] == fresh["teacher"]).float().mean())
         classes_named = len(fresh["teacher"].unique())

@@ -28,6 +28,7 @@ class Runtime:
         channels_last: memory format of image networks and batches.
         seed: the run's seed; every random stream derives from it and a name.
         compile: whether `prepare` sends a module's forward through `torch.compile`.
+        graphs: whether updates are recorded and replayed, see :class:`dfkd_lib.training.replay.Replay`.
     """
 
     device: torch.device
@@ -35,6 +36,7 @@ class Runtime:
     channels_last: bool = False
     seed: int = 0
     compile: bool = False
+    graphs: bool = False
     dtype: torch.dtype = field(init=False)
 
     def __post_init__(self) -> None:
@@ -51,6 +53,7 @@ class Runtime:
         seed: int = 0,
         channels_last: bool | None = None,
         compile: bool = False,
+        graphs: bool | None = None,
         threads: int = 0,
     ) -> Runtime:
         """Pick what suits this machine; any argument overrides the choice.
@@ -61,6 +64,7 @@ class Runtime:
                 cards, float32 elsewhere.
             seed: any integer of 64 bits; also seeds torch's global generators.
             channels_last: None follows the precision: on for 16 bits, off otherwise.
+            graphs: None is on for CUDA, but for float16, whose gradient scaling decides on the processor.
             threads: CPU threads for torch; 0 leaves torch's own choice.
 
         Raises:
@@ -83,8 +87,12 @@ class Runtime:
             torch.set_num_threads(threads)
         if channels_last is None:
             channels_last = precision in ("bfloat16", "float16")
+        if graphs is None:
+            graphs = chosen.type == "cuda" and precision != "float16"
+        if chosen.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # shapes stay the same from update to update
         torch.manual_seed(seed)
-        return cls(chosen, precision, channels_last, seed, compile)
+        return cls(chosen, precision, channels_last, seed, compile, graphs)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which forward passes run: autocast for 16-bit precisions, nothing otherwise."""
@@ -122,11 +130,11 @@ class Runtime:
     def describe(self) -> str:
         """One line: what was chosen, on which hardware."""
         layout = "channels-last" if self.channels_last else "contiguous"
-        compiled = ", compiled" if self.compile else ""
+        how = (", compiled" if self.compile else "") + (", graphs" if self.graphs else "")
         hardware = hardware_name(self.device)
         if self.device.type == "cpu":
             hardware += f", {torch.get_num_threads()} threads"
-        return f"{self.device} ({hardware}), {self.precision}, {layout}{compiled}, seed {self.seed}"
+        return f"{self.device} ({hardware}), {self.precision}, {layout}{how}, seed {self.seed}"
 
 
 def _device(name: str) -> torch.device:

@@ -104,12 +104,15 @@ def _mirrored(x: Tensor, coins: Tensor) -> Tensor:
     return torch.where(coins, x.flip(3), x)
 
 
-def minibatches(n: int, batch_size: int, *, seed: int) -> Callable[[int], Tensor]:
+def minibatches(n: int, batch_size: int, *, seed: int, device: torch.device | str = "cpu") -> Callable[[int], Tensor]:
     """An endless order of visits to `n` images, each of them once per epoch.
 
     The epochs' permutations are laid end to end and cut into batches of one size, so a batch may hold the
     end of one epoch and the start of the next. A batch follows from (seed, step) alone: a resumed run
     needs no stored state to see the same ones.
+
+    Args:
+        device: where the indices shall be; an epoch's order goes there in one piece.
 
     Returns:
         A function: step (0, 1, ...) -> indices int64 [batch_size].
@@ -121,10 +124,11 @@ def minibatches(n: int, batch_size: int, *, seed: int) -> Callable[[int], Tensor
         raise InputError(f"cannot draw batches of {batch_size} from {n} images; both must be at least 1")
 
     @lru_cache(maxsize=2)
-    def order(epoch: int) -> np.ndarray:
+    def order(epoch: int) -> Tensor:
         digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
         # RandomState, because its stream is promised never to change.
-        return np.random.RandomState(np.frombuffer(digest, "<u4")).permutation(n)
+        random = np.random.RandomState(np.frombuffer(digest, "<u4"))
+        return torch.from_numpy(random.permutation(n)).to(device)
 
     def indices(step: int) -> Tensor:
         position, stop = step * batch_size, (step + 1) * batch_size
@@ -133,6 +137,6 @@ def minibatches(n: int, batch_size: int, *, seed: int) -> Callable[[int], Tensor
             epoch, offset = divmod(position, n)
             parts.append(order(epoch)[offset : offset + stop - position])
             position += len(parts[-1])
-        return torch.from_numpy(np.concatenate(parts))
+        return torch.cat(parts)
 
     return indices

@@ -27,7 +27,8 @@ from ..data import resized_crop_flip
 from ..errors import InputError
 from ..runtime import Runtime
 from ..taps import Seen, batch_norm_layers, tapped
-from ..training.players import adam, check_positive, restore_state, state_of
+from ..training.players import adam, check_positive, recordable, restore_state, start_anew, state_of
+from ..training.replay import Replay
 from .distiller import BankDistiller, Distillation
 from .inversion import Best, batch_norm_loss, check_bn_scale
 
@@ -184,7 +185,7 @@ class Discriminator:
             nn.Linear(n_features, n_features), nn.ReLU(), nn.Linear(n_features, settings.head_dim)
         )  # fmt: skip
         self.head = runtime.prepare(head)
-        self.optimizer = adam(self.head, settings.lr_head)
+        self.optimizer = recordable(adam(self.head, settings.lr_head), runtime)
         # Two digits are enough for negatives, and float16 would overflow on a network without normalised inputs.
         self.memory = Bank(settings.memory_size, (2, n_features), torch.bfloat16, runtime.device)
 
@@ -247,6 +248,14 @@ class CMI(BankDistiller):
         )
         self.synthesis_scaler = runtime.scaler()
         self.trace: list[dict[str, Tensor]] = []
+        # What one call works on; each call starts these anew, in place.
+        z = torch.zeros(settings.synthesis_batch, settings.latent_dim, device=runtime.device, dtype=runtime.dtype)
+        self.z = nn.Parameter(z)
+        self.targets = torch.zeros(settings.synthesis_batch, dtype=torch.int64, device=runtime.device)
+        players = nn.ModuleList([self.generator, nn.ParameterList([self.z])])
+        self.optimizer = recordable(adam(players, settings.lr_generator, (0.5, 0.999)), runtime)
+        self.best = Best(runtime)
+        self.inversion = Replay(self.inversion_step, runtime, [self.noise, self.augmentation])
 
     @property
     def warming_up(self) -> bool:
@@ -282,24 +291,30 @@ class CMI(BankDistiller):
         settings = self.settings
         if not (settings.grow or self.warming_up):
             return {}
-        z = nn.Parameter(self.draw_noise(settings.synthesis_batch, settings.latent_dim))
-        targets = self.draw_targets(settings.synthesis_batch)
+        with torch.no_grad():
+            self.z.copy_(self.draw_noise(*self.z.shape))
+        self.targets.copy_(self.draw_targets(len(self.targets)))
         models.draw_weights(self.generator, self.noise)
-        players = nn.ModuleList([self.generator, nn.ParameterList([z])])
-        optimizer = adam(players, settings.lr_generator, (0.5, 0.999))
-        best, self.trace = Best(), []
-        for _ in range(settings.inner_steps):
-            x, terms, views = self.invert(z, targets)
-            loss = torch.stack(list(terms.values())).sum()
-            best.offer(loss, x, *views)
-            self.descend(loss, optimizer)
-            self.trace.append({name: term.detach() for name, term in terms.items()})
-        x, *stored = best.tensors
+        start_anew(self.optimizer)
+        self.best.start()
+        memory = self.discriminator.memory if self.discriminator else None
+        stored_features = () if memory is None else (len(memory.rows), min(len(memory), settings.negatives))
+        self.trace = [self.inversion(self.adversarial, *stored_features) for _ in range(settings.inner_steps)]
+        views = 2 if self.discriminator else 1
+        self.budget.teacher_passes += views * settings.inner_steps * settings.synthesis_batch
+        x, *features_of = self.best.tensors
         self.store(x)
-        if self.discriminator:
-            self.discriminator.memory.append(torch.stack(stored, 1))
-        assert best.loss is not None
-        return {**self.trace[-1], "inversion loss": best.loss}
+        if memory is not None:
+            memory.append(torch.stack(features_of, 1))
+        return {**self.trace[-1], "inversion loss": self.best.loss.clone()}
+
+    def inversion_step(self) -> dict[str, Tensor]:
+        """One inner step, a :class:`~..training.replay.Replay`'s work; returns the weighted terms, detached."""
+        x, terms, views = self.invert(self.z, self.targets)
+        loss = torch.stack(list(terms.values())).sum()
+        self.best.offer(loss, x, *views)
+        self.descend(loss, self.optimizer)
+        return {name: term.detach() for name, term in terms.items()}
 
     def invert(self, z: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, ...]]:
         """Images [B, C, H, W], the weighted terms of the loss on them, and the features of their two views."""

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .. import losses
@@ -122,24 +123,24 @@ class DAFL(GeneratorDistiller):
         super().__init__(teacher, student, image_shape, settings, runtime)
         self.settings = settings
         self.head = last_linear(self.teacher)
-        self.shared: Tensor | None = None
+        self.shared = torch.zeros(settings.batch_size, *self.image_shape, device=runtime.device, dtype=runtime.dtype)
 
     def synthesize(self) -> dict[str, Tensor]:
         """The generator's updates; returns "generator loss" and its three terms at the last of them."""
-        self.generator.train()
-        for _ in range(self.settings.generator_steps):
-            with self.runtime.autocast():
-                x = self.generator(self.fresh_noise())
-                t, seen = self.look(x, [self.head])
-            terms = generation_terms(t, seen[-1].x.to(t.dtype))
-            loss = generation_loss(terms, self.settings)
-            self.descend(loss)
-        self.shared = x.detach()
+        return self.generate()
+
+    def generation_step(self) -> dict[str, Tensor]:
+        """See :meth:`GeneratorDistiller.generation_step`; with `joint`, its batch is kept for the student."""
+        with self.runtime.autocast():
+            x = self.generator(self.fresh_noise())
+            t, seen = self.look(x, [self.head])
+        terms = generation_terms(t, seen[-1].x.to(t.dtype))
+        loss = generation_loss(terms, self.settings)
+        if self.settings.joint:
+            self.shared.copy_(x.detach())
+        self.descend(loss)
         return {"generator loss": loss.detach()} | {name: term.detach() for name, term in terms.items()}
 
     def sample(self, n: int) -> Tensor:
         """See :meth:`GeneratorDistiller.sample`; with `joint`, the batch that the generator has just learnt on."""
-        if not self.settings.joint or self.shared is None or n != len(self.shared):
-            return super().sample(n)
-        self.budget.images += n
-        return self.shared.to(self.runtime.dtype)
+        return self.shared if self.settings.joint else super().sample(n)

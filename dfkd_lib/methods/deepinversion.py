@@ -24,7 +24,8 @@ from .. import losses
 from ..errors import InputError
 from ..runtime import Runtime
 from ..taps import batch_norm_layers
-from ..training.players import adam, check_positive, update
+from ..training.players import adam, check_positive, recordable, start_anew, update
+from ..training.replay import Replay
 from .distiller import BankDistiller, Distillation
 from .inversion import Best, batch_norm_loss, check_bn_scale
 
@@ -135,6 +136,13 @@ class DeepInversion(BankDistiller):
         self.settings = settings
         self.layers = batch_norm_layers(self.teacher)
         self.pixel_scaler = runtime.scaler()
+        # What one call works on; each call starts these anew, in place.
+        shape = settings.synthesis_batch, *self.image_shape
+        self.pixels = nn.ParameterList([torch.zeros(shape, device=runtime.device, dtype=runtime.dtype)])
+        self.targets = torch.zeros(settings.synthesis_batch, dtype=torch.int64, device=runtime.device)
+        self.optimizer = recordable(adam(self.pixels, settings.lr_pixels, settings.betas), runtime)
+        self.best = Best(runtime)
+        self.inversion = Replay(self.inversion_step, runtime, [self.augmentation])
 
     @property
     def newest_call(self) -> int:
@@ -149,19 +157,26 @@ class DeepInversion(BankDistiller):
             "best loss", that of what is stored.
         """
         settings = self.settings
-        targets = self.draw_targets(settings.synthesis_batch)
-        pixels = nn.ParameterList([self.clip(self.draw_pixels(settings.synthesis_batch))])
-        (u,) = pixels
-        optimizer = adam(pixels, settings.lr_pixels, settings.betas)
-        best = Best()
+        self.targets.copy_(self.draw_targets(len(self.targets)))
+        with torch.no_grad():
+            self.pixels[0].copy_(self.clip(self.draw_pixels(settings.synthesis_batch)))
+        start_anew(self.optimizer)
+        self.best.start()
         for _ in range(settings.g_steps):
-            loss, terms = self.inversion_loss(u, targets)
-            best.offer(loss, u)
-            update(optimizer, loss, self.pixel_scaler)
-            with torch.no_grad():
-                u.copy_(self.clip(u))
-        self.store(self.image(best.tensors[0]))
-        return {**terms, "best loss": best.loss}  # type: ignore[dict-item]
+            terms: dict[str, Tensor] = self.inversion()
+        self.budget.teacher_passes += settings.g_steps * settings.synthesis_batch
+        self.store(self.image(self.best.tensors[0]))
+        return {**terms, "best loss": self.best.loss.clone()}
+
+    def inversion_step(self) -> dict[str, Tensor]:
+        """One descent step, a :class:`~..training.replay.Replay`'s work; returns the terms of the loss, detached."""
+        (u,) = self.pixels
+        loss, terms = self.inversion_loss(u, self.targets)
+        self.best.offer(loss, u)
+        update(self.optimizer, loss, self.pixel_scaler)
+        with torch.no_grad():
+            u.copy_(self.clip(u))
+        return terms
 
     def inversion_loss(self, u: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of the descent on one random roll of the pixels u, and its terms, detached."""

@@ -26,7 +26,19 @@ from ..models.normalize import pixel_statistics
 from ..runtime import Runtime
 from ..training.budget import Budget
 from ..training.modes import evaluating
-from ..training.players import adam, check_positive, freeze, no_weight_gradients, restore_state, sgd, state_of, update
+from ..training.players import (
+    adam,
+    check_positive,
+    freeze,
+    in_compute_type,
+    no_weight_gradients,
+    recordable,
+    restore_state,
+    sgd,
+    state_of,
+    update,
+)
+from ..training.replay import Replay
 from ..training.schedules import cosine, drops, set_lr
 
 
@@ -143,16 +155,20 @@ class DFAD:
         self, teacher: nn.Module, student: nn.Module, generator: nn.Module, settings: Settings, runtime: Runtime
     ) -> None:
         self.settings, self.runtime = settings, runtime
-        self.teacher = freeze(runtime.prepare(teacher))
+        self.teacher = in_compute_type(freeze(runtime.prepare(teacher)), runtime)
         self.student = runtime.prepare(student)
         self.student.train()
         self.generator = runtime.prepare(generator).train()
-        self.student_optimizer = sgd(self.student, settings.lr_student, settings.weight_decay, settings.momentum)
-        self.generator_optimizer = adam(self.generator, settings.lr_generator)
+        self.student_optimizer = recordable(
+            sgd(self.student, settings.lr_student, settings.weight_decay, settings.momentum), runtime
+        )
+        self.generator_optimizer = recordable(adam(self.generator, settings.lr_generator), runtime)
         self.student_scaler, self.generator_scaler = runtime.scaler(), runtime.scaler()
         self.noise = runtime.stream("dfad noise")
         self.steps = 0
         self.budget = Budget()
+        self.imitation = Replay(self.imitate, runtime, [self.noise])
+        self.generation = Replay(self.generate, runtime, [self.noise])
 
     @classmethod
     def for_images(
@@ -188,13 +204,16 @@ class DFAD:
         """
         self.set_learning_rates()
         with self.budget.distillation(self.runtime.device):
-            imitation = torch.stack([torch.stack(self.imitate()) for _ in range(self.settings.k)])
+            imitation = torch.stack([torch.stack(self.imitation()) for _ in range(self.settings.k)])
         discrepancy, relative = imitation.mean(0)
         metrics = {"discrepancy": discrepancy, "relative discrepancy": relative}
         with self.budget.synthesis(self.runtime.device):
             for _ in range(self.settings.generator_steps):
-                metrics["generator loss"] = self.generate()
+                metrics["generator loss"] = self.generation()
         self.steps += 1
+        self.budget.student_updates += self.settings.k
+        self.budget.images += self.settings.k * self.settings.batch_size
+        self.budget.teacher_passes += (self.settings.k + self.settings.generator_steps) * self.settings.batch_size
         return metrics
 
     def set_learning_rates(self) -> None:
@@ -219,8 +238,6 @@ class DFAD:
             s = self.student(x).to(self.runtime.dtype)
             loss = imitation_loss(s, t, self.settings)
         update(self.student_optimizer, loss, self.student_scaler)
-        self.budget.student_updates += 1
-        self.budget.images += len(x)
         return loss.detach(), mae(s.detach(), t) / t.abs().mean()
 
     def generate(self) -> Tensor:
@@ -238,7 +255,6 @@ class DFAD:
 
     def look(self, x: Tensor) -> Tensor:
         """The teacher's logits on x, in full precision."""
-        self.budget.teacher_passes += len(x)
         return self.teacher(x).to(self.runtime.dtype)
 
     def sample_noise(self, n: int | None = None) -> Tensor:

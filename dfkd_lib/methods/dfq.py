@@ -129,15 +129,17 @@ class DFQ(GeneratorDistiller):
 
     def synthesize(self) -> dict[str, Tensor]:
         """The generator's updates; returns "generator loss" and its terms at the last of them."""
-        self.generator.train()
-        for _ in range(self.settings.generator_steps):
-            with self.runtime.autocast():
-                x = self.generator(self.fresh_noise())
-                t, seen = self.look(x, self.layers)
-                s = self.opinion(x) if self.adversarial else None
-            terms = self.terms(t, s, seen)
-            loss = generation_loss(terms, self.settings)
-            self.descend(loss)
+        return self.generate(self.adversarial)
+
+    def generation_step(self) -> dict[str, Tensor]:
+        """See :meth:`GeneratorDistiller.generation_step`."""
+        with self.runtime.autocast():
+            x = self.generator(self.fresh_noise())
+            t, seen = self.look(x, self.layers)
+            s = self.opinion(x) if self.adversarial else None
+        terms = self.terms(t, s, seen)
+        loss = generation_loss(terms, self.settings)
+        self.descend(loss)
         return {"generator loss": loss.detach()} | {name: term.detach() for name, term in terms.items()}
 
     def terms(self, t: Tensor, s: Tensor | None, seen: Sequence[Seen]) -> dict[str, Tensor]:

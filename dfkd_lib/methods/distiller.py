@@ -29,12 +29,15 @@ from ..training.players import (
     adam,
     check_positive,
     freeze,
+    in_compute_type,
     no_weight_gradients,
+    recordable,
     restore_state,
     sgd,
     state_of,
     update,
 )
+from ..training.replay import Replay
 from ..training.schedules import cosine, set_lr
 
 OPTIMIZERS = ("sgd", "adam")
@@ -113,16 +116,18 @@ class Distiller(ABC):
     ) -> None:
         channels, height, width = image_shape
         self.runtime, self.distillation, self.image_shape = runtime, settings, (channels, height, width)
-        self.teacher = freeze(runtime.prepare(teacher))
+        teacher = freeze(runtime.prepare(teacher))
         self.student = runtime.prepare(student)
         self.student.train()  # whose own train() may return nothing
-        self.n_classes = common_classes(self.teacher, self.student, self.image_shape, runtime)
-        self.student_optimizer = student_optimizer(self.student, settings)
+        self.n_classes = common_classes(teacher, self.student, self.image_shape, runtime)
+        self.teacher = in_compute_type(teacher, runtime)
+        self.student_optimizer = recordable(student_optimizer(self.student, settings), runtime)
         self.student_scaler = runtime.scaler()
         self.noise = runtime.stream("noise")
         self.augmentation = runtime.stream("augmentation")
         self.calls = 0
         self.budget = Budget()
+        self.imitation = Replay(self.imitation_step, runtime, [self.noise, self.augmentation])
 
     @abstractmethod
     def synthesize(self) -> dict[str, Tensor]:
@@ -161,8 +166,19 @@ class Distiller(ABC):
 
     def imitate(self) -> Tensor:
         """One student update on T^2 KL(teacher || student); returns the loss, detached."""
-        settings, budget = self.distillation, self.budget
-        set_lr(self.student_optimizer, settings.lr_student * self.decay())
+        set_lr(self.student_optimizer, self.distillation.lr_student * self.decay())
+        loss: Tensor = self.imitation(*self.sampled_from())
+        self.count_update()
+        return loss
+
+    def count_update(self) -> None:
+        """Put one student update into the budget."""
+        self.budget.student_updates += 1
+        self.budget.teacher_passes += self.distillation.batch_size
+
+    def imitation_step(self) -> Tensor:
+        """The update itself, a :class:`~..training.replay.Replay`'s work."""
+        settings = self.distillation
         with self.runtime.autocast():
             with torch.no_grad():
                 x = self.runtime.images(self.sample(settings.batch_size))
@@ -170,9 +186,11 @@ class Distiller(ABC):
             s = self.student(x).to(self.runtime.dtype)
         loss = losses.kl(s, t, settings.temperature)
         update(self.student_optimizer, loss, self.student_scaler)
-        budget.student_updates += 1
-        budget.teacher_passes += len(x)
         return loss.detach()
+
+    def sampled_from(self) -> tuple[int, ...]:
+        """What :meth:`sample` depends on beyond tensors that stay where they are: the key of the recorded update."""
+        return ()
 
     def decay(self) -> float:
         """The factor of the student's cosine at its present update; 1 without `n_updates`."""
@@ -183,7 +201,6 @@ class Distiller(ABC):
         """The teacher's logits on x in full precision, and what it showed its batch-norm layers on the way."""
         with tapped(layers) as seen:
             t = self.teacher(self.runtime.images(x)).to(self.runtime.dtype)
-        self.budget.teacher_passes += len(x)
         return t, seen
 
     def opinion(self, x: Tensor) -> Tensor:
@@ -259,6 +276,10 @@ class BankDistiller(Distiller):
     def sample(self, n: int) -> Tensor:
         """See :meth:`Distiller.sample`: random images of the whole bank, augmented."""
         return self.augment(self.bank.images(n, self.augmentation))
+
+    def sampled_from(self) -> tuple[int, ...]:
+        """See :meth:`Distiller.sampled_from`: the bank's memory, which grows into another place."""
+        return (len(self.bank.rows),)
 
     def pictures(self, n: int) -> Tensor:
         """See :meth:`Distiller.pictures`: an even selection of the newest call; grey before the first."""

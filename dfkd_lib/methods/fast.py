@@ -24,8 +24,9 @@ from .. import losses, models
 from ..data import crop_flip
 from ..errors import InputError, unknown
 from ..runtime import Runtime
-from ..taps import Seen, batch_norm_layers, tapped
-from ..training.players import adam, check_positive
+from ..taps import batch_norm_layers, tapped
+from ..training.players import adam, check_positive, recordable, start_anew
+from ..training.replay import Replay
 from .distiller import BankDistiller, Distillation
 from .inversion import Best, MomentumStatistics, batch_norm_loss, check_bn_scale
 
@@ -151,9 +152,18 @@ class Fast(BankDistiller):
             for _ in range(2)
         )
         self.meta_optimizer = adam(self.generator, settings.g_steps * settings.lr_generator, (0.5, 0.999))
+        for theta in self.generator.parameters():
+            theta.grad = torch.zeros_like(theta)
         self.generator_scaler = runtime.scaler()
-        self.statistics = MomentumStatistics(settings.rho, settings.bn_scale)
+        self.statistics = MomentumStatistics(settings.rho, runtime.device, settings.bn_scale)
         self.redraw = runtime.stream("fast redraw")
+        # What one call works on; each call starts these anew, in place.
+        self.z = torch.zeros(settings.synthesis_batch, settings.latent_dim, device=runtime.device, dtype=runtime.dtype)
+        self.z.requires_grad_()
+        self.targets = torch.zeros(settings.synthesis_batch, dtype=torch.int64, device=runtime.device)
+        self.inner_optimizer = recordable(inner_optimizer(self.inner, self.z, settings), runtime)
+        self.best = Best(runtime)
+        self.inversion = Replay(self.inversion_step, runtime, [self.augmentation])
 
     @property
     def warming_up(self) -> bool:
@@ -183,25 +193,31 @@ class Fast(BankDistiller):
         self.inner.load_state_dict(self.generator.state_dict())
         if settings.meta == "reset":
             models.draw_weights(self.inner, self.redraw)
-        z = self.draw_noise(settings.synthesis_batch, settings.latent_dim).requires_grad_()
-        targets = self.draw_targets(settings.synthesis_batch)
-        optimizer = inner_optimizer(self.inner, z, settings)
-        self.meta_optimizer.zero_grad()
-        best, first = Best(), None
-        for _ in range(settings.g_steps):
-            with self.runtime.autocast():
-                x = self.inner(z).to(self.runtime.dtype)
-            loss, terms, seen = self.inversion_loss(self.augment(x), targets)
-            best.offer(loss, x)
-            first = loss.detach() if first is None else first
-            self.inner_update(optimizer, loss)
-        self.statistics.update(seen)
+        with torch.no_grad():
+            self.z.copy_(self.draw_noise(*self.z.shape))
+        self.targets.copy_(self.draw_targets(len(self.targets)))
+        start_anew(self.inner_optimizer)
+        self.meta_optimizer.zero_grad(set_to_none=False)
+        self.best.start()
+        steps = [self.inversion(self.adversarial, self.statistics.remembering) for _ in range(settings.g_steps)]
+        self.budget.teacher_passes += settings.g_steps * settings.synthesis_batch
+        self.statistics.update()
         self.meta_update()
-        self.store(best.tensors[0])
-        return {**terms, "first loss": first, "best loss": best.loss}  # type: ignore[dict-item]
+        self.store(self.best.tensors[0])
+        (first, _), (_, terms) = steps[0], steps[-1]
+        return {**terms, "first loss": first, "best loss": self.best.loss.clone()}
 
-    def inversion_loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor], list[Seen]]:
-        """L_inv on one augmented view, its terms, detached, and what the teacher's batch-norm layers saw."""
+    def inversion_step(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """One step of copy and noise, a :class:`~..training.replay.Replay`'s work; returns loss and terms, detached."""
+        with self.runtime.autocast():
+            x = self.inner(self.z).to(self.runtime.dtype)
+        loss, terms = self.inversion_loss(self.augment(x), self.targets)
+        self.best.offer(loss, x)
+        self.inner_update(self.inner_optimizer, loss)
+        return loss.detach(), terms
+
+    def inversion_loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """L_inv on one augmented view, and its terms, detached."""
         settings = self.settings
         with self.runtime.autocast():
             t, seen = self.look(x, self.layers)
@@ -211,7 +227,7 @@ class Fast(BankDistiller):
         if self.adversarial:
             terms["agreeing KL"] = losses.agreeing_kl(s, t)
             loss = loss - settings.adv * terms["agreeing KL"]
-        return loss, {name: term.detach() for name, term in terms.items()}, seen
+        return loss, {name: term.detach() for name, term in terms.items()}
 
     def inner_update(self, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
         """One step of copy and noise; for FOMAML its gradient is also added to the meta-generator's."""
@@ -224,7 +240,7 @@ class Fast(BankDistiller):
                 # float16 can overflow in a step, which the scaler then skips; so does the sum.
                 if fast.grad is not None:
                     step = torch.nan_to_num(fast.grad, 0.0, 0.0, 0.0) if scaler.is_enabled() else fast.grad
-                    theta.grad = step.clone() if theta.grad is None else theta.grad + step
+                    theta.grad.add_(step)
         scaler.step(optimizer)
         scaler.update()
 
@@ -235,7 +251,7 @@ class Fast(BankDistiller):
             self.generator.load_state_dict(self.inner.state_dict())
         elif self.settings.meta == "reptile":
             for theta, fast in zip(self.generator.parameters(), self.inner.parameters(), strict=True):
-                theta.grad = REPTILE_SCALE * (theta - fast)
+                theta.grad.copy_(REPTILE_SCALE * (theta - fast))
         if self.settings.meta in ("fomaml", "reptile"):
             self.meta_optimizer.step()
 

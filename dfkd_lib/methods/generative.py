@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -14,7 +15,8 @@ from .. import models
 from ..errors import InputError
 from ..models.normalize import pixel_statistics
 from ..runtime import Runtime
-from ..training.players import adam, check_positive, update
+from ..training.players import adam, check_positive, recordable, update
+from ..training.replay import Replay
 from .distiller import Distillation, Distiller
 
 
@@ -66,7 +68,7 @@ class GeneratorDistiller(Distiller):
         runtime: Runtime,
     ) -> None:
         super().__init__(teacher, student, image_shape, settings, runtime)
-        self.generation = settings
+        self.making = settings
         channels, height, width = self.image_shape
         mean, std = pixel_statistics(teacher, channels)
         generator = models.build_generator(
@@ -78,12 +80,30 @@ class GeneratorDistiller(Distiller):
             ngf=settings.ngf,
         )
         self.generator = runtime.prepare(generator).train()
-        self.generator_optimizer = adam(self.generator, settings.lr_generator, settings.betas)
+        self.generator_optimizer = recordable(adam(self.generator, settings.lr_generator, settings.betas), runtime)
         self.generator_scaler = runtime.scaler()
+        self.generation = Replay(self.generation_step, runtime, [self.noise])
 
     def fresh_noise(self, n: int | None = None) -> Tensor:
         """z ~ N(0, I), [n, latent_dim]; n defaults to the batch size."""
-        return self.draw_noise(n or self.generation.batch_size, self.generation.latent_dim)
+        return self.draw_noise(n or self.making.batch_size, self.making.latent_dim)
+
+    @abstractmethod
+    def generation_step(self) -> dict[str, Tensor]:
+        """One update of the generator, a :class:`~..training.replay.Replay`'s work; returns its metrics, detached."""
+
+    def generate(self, *key: bool) -> dict[str, Tensor]:
+        """All updates of the generator in this iteration; returns the metrics of the last."""
+        self.generator.train()
+        for _ in range(self.making.generator_steps):
+            metrics: dict[str, Tensor] = self.generation(*key)
+            self.budget.teacher_passes += self.making.batch_size
+        return metrics
+
+    def count_update(self) -> None:
+        """See :meth:`Distiller.count_update`; the images of each update are new."""
+        super().count_update()
+        self.budget.images += self.making.batch_size
 
     def descend(self, loss: Tensor) -> None:
         """One update of the generator."""
@@ -96,8 +116,7 @@ class GeneratorDistiller(Distiller):
     @torch.no_grad()
     def images_of(self, z: Tensor) -> Tensor:
         """What the student is shown for the noise z."""
-        self.generator.train(not self.generation.samples_in_eval)
-        self.budget.images += len(z)
+        self.generator.train(not self.making.samples_in_eval)
         with self.runtime.autocast():
             return self.generator(z).to(self.runtime.dtype)
 
@@ -105,13 +124,13 @@ class GeneratorDistiller(Distiller):
     def pictures(self, n: int) -> Tensor:
         """See :meth:`Distiller.pictures`: the same noise each time, as the student would be shown it."""
         z = torch.randn(
-            (max(n, self.generation.batch_size), self.generation.latent_dim),
+            (max(n, self.making.batch_size), self.making.latent_dim),
             generator=self.runtime.stream("pictures"),
             device=self.runtime.device,
             dtype=self.runtime.dtype,
         )
         # On a copy, whose running statistics nobody will miss; the whole batch, whose statistics may count.
-        painter = copy.deepcopy(self.generator).train(not self.generation.samples_in_eval)
+        painter = copy.deepcopy(self.generator).train(not self.making.samples_in_eval)
         with self.runtime.autocast():
             return painter(z)[:n].to(self.runtime.dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,25 +11,34 @@ from torch import Tensor, nn
 
 from .. import losses
 from ..errors import unknown
+from ..runtime import Runtime
 from ..taps import Seen
 
 
 class Best:
-    """The tensors of the inner step with the lowest loss, kept on the device without waiting for it."""
+    """The tensors of the inner step with the lowest loss, kept on the device without waiting for it.
 
-    def __init__(self) -> None:
-        self.loss: Tensor | None = None
+    Attributes:
+        loss: the lowest since the start, a scalar; infinite before the first.
+        tensors: those of that step. All of these stay the same tensors, written in place.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.loss = torch.full((), math.inf, device=runtime.device, dtype=runtime.dtype)
         self.tensors: tuple[Tensor, ...] = ()
 
+    def start(self) -> None:
+        """Forget what was best: a new call begins."""
+        self.loss.fill_(math.inf)
+
+    @torch.no_grad()
     def offer(self, loss: Tensor, *tensors: Tensor) -> None:
         """Keep `tensors`, evaluated before this step's update, if `loss` is lower than all before."""
-        loss, tensors = loss.detach(), tuple(t.detach() for t in tensors)
-        if self.loss is None:
-            self.loss, self.tensors = loss, tuple(t.clone() for t in tensors)
-            return
         better = loss < self.loss
-        self.loss = torch.where(better, loss, self.loss)
-        self.tensors = tuple(torch.where(better, new, old) for new, old in zip(tensors, self.tensors, strict=True))
+        if not self.tensors:
+            self.tensors = tuple(t.detach().clone() for t in tensors)
+        for best, new in zip((self.loss, *self.tensors), (loss, *tensors), strict=True):
+            best.copy_(torch.where(better, new, best))
 
 
 def batch_norm_loss(seen: Sequence[Seen], scale: str = "absolute") -> Tensor:
@@ -70,36 +80,43 @@ class MomentumStatistics:
 
     Args:
         rho: momentum in [0, 1); 0 is the plain loss.
+        device: of the teacher.
         scale: see :func:`batch_norm_loss`.
     """
 
-    def __init__(self, rho: float, scale: str = "absolute") -> None:
-        self.rho, self.scale = rho, scale
+    def __init__(self, rho: float, device: torch.device, scale: str = "absolute") -> None:
+        self.rho, self.device, self.scale = rho, device, scale
         self.averages: list[tuple[Tensor, Tensor]] = []
+        self._newest: list[tuple[Tensor, Tensor]] = []
+
+    @property
+    def remembering(self) -> bool:
+        """Whether there are averages of earlier calls."""
+        return bool(self.averages)
 
     def loss(self, seen: Sequence[Seen]) -> Tensor:
-        """L_bn of the mixture for one pass of the teacher."""
-        if not self.averages:
-            return batch_norm_loss(seen, self.scale)
-        mixtures = []
-        for visit, averages in zip(seen, self.averages, strict=True):
-            mean, variance = (
-                (1 - self.rho) * now + self.rho * before
-                for now, before in zip(visit.statistics(), averages, strict=True)
-            )
-            mixtures.append((visit.layer, mean, variance))
-        return _over_layers(mixtures, self.scale)
-
-    @torch.no_grad()
-    def update(self, seen: Sequence[Seen]) -> None:
-        """m <- rho m + (1 - rho) mean, and v likewise, from the last pass of a call; at first m = mean."""
+        """L_bn of the mixture for one pass of the teacher, whose statistics :meth:`update` then takes."""
         new = [visit.statistics() for visit in seen]
+        with torch.no_grad():
+            if not self._newest:
+                self._newest = [(torch.empty_like(mean), torch.empty_like(variance)) for mean, variance in new]
+            torch._foreach_copy_(_flat(self._newest), _flat(new))
         if self.averages:
             new = [
-                (self.rho * m + (1 - self.rho) * mean, self.rho * v + (1 - self.rho) * variance)
-                for (m, v), (mean, variance) in zip(self.averages, new, strict=True)
+                ((1 - self.rho) * mean + self.rho * m, (1 - self.rho) * variance + self.rho * v)
+                for (mean, variance), (m, v) in zip(new, self.averages, strict=True)
             ]
-        self.averages = [(mean.detach(), variance.detach()) for mean, variance in new]
+        return _over_layers(((visit.layer, *mixed) for visit, mixed in zip(seen, new, strict=True)), self.scale)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """m <- rho m + (1 - rho) mean, and v likewise, from the last pass of a call; at first m = mean."""
+        if not self.averages:
+            self.averages = [(mean.clone(), variance.clone()) for mean, variance in self._newest]
+            return
+        averages = _flat(self.averages)
+        torch._foreach_mul_(averages, self.rho)
+        torch._foreach_add_(averages, _flat(self._newest), alpha=1 - self.rho)
 
     def state_dict(self) -> dict[str, Any]:
         """The averages by number of the visit; empty before the first update."""
@@ -107,4 +124,9 @@ class MomentumStatistics:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` took."""
-        self.averages = [(state[str(i)]["mean"], state[str(i)]["variance"]) for i in range(len(state))]
+        saved = [state[str(i)] for i in range(len(state))]
+        self.averages = [(one["mean"].to(self.device), one["variance"].to(self.device)) for one in saved]
+
+
+def _flat(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    return [tensor for pair in pairs for tensor in pair]

@@ -25,7 +25,8 @@ from .. import losses, models
 from ..errors import InputError, unknown
 from ..runtime import Runtime
 from ..taps import batch_norm_layers, last_linear
-from ..training.players import adam, check_positive, update
+from ..training.players import adam, check_positive, recordable, start_anew, update
+from ..training.replay import Replay
 from .distiller import BankDistiller, Distillation
 from .inversion import Best, MomentumStatistics, check_bn_scale
 
@@ -322,7 +323,13 @@ class NAYER(BankDistiller):
         n_layers = -(-settings.synthesis_batch // self.n_classes)
         self.noisy = runtime.prepare(NoisyLayers(n_layers, self.n_classes, codes.shape[1], settings.latent_dim))
         self.generator_scaler = runtime.scaler()
-        self.statistics = MomentumStatistics(settings.rho, settings.bn_scale)
+        self.statistics = MomentumStatistics(settings.rho, runtime.device, settings.bn_scale)
+        # What one batch works on; each batch starts these anew, in place.
+        self.targets = torch.zeros(settings.synthesis_batch, dtype=torch.int64, device=runtime.device)
+        players = nn.ModuleList([self.generator, self.embedding, self.noisy])
+        self.optimizer = recordable(adam(players, settings.lr_generator, (0.5, 0.999)), runtime)
+        self.best = Best(runtime)
+        self.inversion = Replay(self.inversion_step, runtime, [self.augmentation])
         self.renew()
 
     @property
@@ -357,21 +364,22 @@ class NAYER(BankDistiller):
 
     def invert(self) -> dict[str, Tensor]:
         """One batch: new noisy layers, `g_steps` updates, its best images into the bank."""
-        settings, best = self.settings, Best()
+        settings = self.settings
         if settings.redraw:
             self.noisy.redraw(self.noise)
-        targets = block_targets(settings.synthesis_batch, self.n_classes, self.noise)
-        # New after each draw: the moments of the batch before belong to other layers.
-        players = nn.ModuleList([self.generator, self.embedding, self.noisy])
-        optimizer = adam(players, settings.lr_generator, (0.5, 0.999))
-        steps = [self.descend(optimizer, targets, best, step) for step in range(settings.g_steps)]
-        self.store(best.tensors[0])
+        self.targets.copy_(block_targets(settings.synthesis_batch, self.n_classes, self.noise))
+        start_anew(self.optimizer)  # the moments of the batch before belong to other layers
+        self.best.start()
+        steps = [self.inversion(self.warming_up, self.statistics.remembering) for _ in range(settings.g_steps)]
+        self.budget.teacher_passes += settings.g_steps * settings.synthesis_batch
+        self.statistics.update()
+        self.store(self.best.tensors[0])
         self.curve = {name: torch.stack([terms[name] for terms in steps]) for name in steps[0]}
-        return {**steps[-1], "best loss": best.loss}  # type: ignore[dict-item]
+        return {**steps[-1], "best loss": self.best.loss.clone()}
 
-    def descend(self, optimizer: torch.optim.Optimizer, targets: Tensor, best: Best, step: int) -> dict[str, Tensor]:
-        """One inner step; returns its terms, detached. Nothing of its graph outlives it."""
-        settings = self.settings
+    def inversion_step(self) -> dict[str, Tensor]:
+        """One inner step, a :class:`~..training.replay.Replay`'s work; returns its terms, detached."""
+        settings, targets = self.settings, self.targets
         with self.runtime.autocast():
             x = self.forward(targets)
             view = self.augment(x)
@@ -382,10 +390,8 @@ class NAYER(BankDistiller):
         if not self.warming_up:
             terms["agreeing KL"] = losses.agreeing_kl(s, t)
             loss = loss - settings.adv * terms["agreeing KL"]
-        best.offer(loss, x)
-        update(optimizer, loss, self.generator_scaler)
-        if step == settings.g_steps - 1:
-            self.statistics.update(seen)
+        self.best.offer(loss, x)
+        update(self.optimizer, loss, self.generator_scaler)
         return {name: term.detach() for name, term in terms.items()}
 
     def forward(self, targets: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from ..errors import InputError, unknown
 from ..runtime import Runtime
 from ..training.modes import evaluating
 from ..training.players import check_positive
+from ..training.replay import Replay
 from ..training.schedules import set_lr
 from .generative import GenerativeSettings, GeneratorDistiller, check_weights
 
@@ -121,6 +122,10 @@ class Lesson:
     logits: Tensor
     attention: list[Tensor]
 
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return [self.images, self.logits, *self.attention]
+
 
 class ZSKT(GeneratorDistiller):
     """One call takes a generator step, then the student takes `kd_steps` updates on the images of the same z.
@@ -144,26 +149,36 @@ class ZSKT(GeneratorDistiller):
             _layer(self.student, name, "student") for name in settings.student_attention_layers or names
         ]
         self._maps_must_match()
-        # Both live within one outer iteration only, so no checkpoint needs them.
-        self.z: Tensor | None = None
+        # Noise and lesson live within one outer iteration only, so no checkpoint needs them.
+        self.z = torch.zeros(settings.batch_size, settings.latent_dim, device=runtime.device, dtype=runtime.dtype)
         self.lesson: Lesson | None = None
+        self.lecture = Replay(self.lecture_step, runtime, [self.noise])
 
     def synthesize(self) -> dict[str, Tensor]:
         """The generator's updates; returns "generator loss" at the last of them."""
         if self.settings.generator_decays:
             set_lr(self.generator_optimizer, self.settings.lr_generator * self.decay())
-        self.generator.train()
         self.student.train(self.settings.student_trains_in_generation)
-        for step in range(self.settings.generator_steps):
-            if step == 0 or not self.settings.same_z:
-                z = self.fresh_noise()
-            with self.runtime.autocast():
-                x = self.generator(z)
-                t, _ = self.look(x)
-                s = self.opinion(x)
-            loss = generation_loss(s, t, self.settings.temperature)
-            self.descend(loss)
-        self.z, self.lesson = z, None
+        if not self.settings.same_z:
+            return self.generate()
+        self.z.copy_(self.fresh_noise())
+        metrics = self.generate()
+        new = self.lecture()
+        if self.lesson is None:
+            self.lesson = Lesson(*new)
+        torch._foreach_copy_(self.lesson.tensors(), Lesson(*new).tensors())
+        self.budget.teacher_passes += self.settings.batch_size
+        self.budget.images += self.settings.batch_size
+        return metrics
+
+    def generation_step(self) -> dict[str, Tensor]:
+        """See :meth:`GeneratorDistiller.generation_step`; with `same_z`, on the noise of the iteration."""
+        with self.runtime.autocast():
+            x = self.generator(self.z if self.settings.same_z else self.fresh_noise())
+            t, _ = self.look(x)
+            s = self.opinion(x)
+        loss = generation_loss(s, t, self.settings.temperature)
+        self.descend(loss)
         return {"generator loss": loss.detach()}
 
     def descend(self, loss: Tensor) -> None:
@@ -173,33 +188,34 @@ class ZSKT(GeneratorDistiller):
 
     def sample(self, n: int) -> Tensor:
         """See :meth:`GeneratorDistiller.sample`; with `same_z`, the images of the last z, as they are now."""
-        if not self.settings.same_z or self.z is None or n != len(self.z):
-            return super().sample(n)
-        return self.images_of(self.z)
+        return self.images_of(self.z) if self.settings.same_z else super().sample(n)
 
-    def imitate(self) -> Tensor:
+    def imitation_step(self) -> Tensor:
         """One clipped student update on L_S; returns the loss, detached."""
         settings = self.settings
-        set_lr(self.student_optimizer, settings.lr_student * self.decay())
-        if self.lesson is None or not settings.same_z:
-            self.lesson = self.teach()
-        lesson = self.lesson
+        lesson = self.lesson if settings.same_z and self.lesson else Lesson(*self.lecture_step())
         with self.runtime.autocast(), attended(self.student_layers) as attention:
             s = self.opinion(lesson.images)
         loss = losses.kl(s, lesson.logits, settings.temperature)
         if attention:
             loss = loss + settings.beta * self.n_classes * attention_loss(attention, lesson.attention)
         clipped_update(self.student_optimizer, loss, self.student_scaler, self.student.parameters(), settings.clip)
-        self.budget.student_updates += 1
         return loss.detach()
 
+    def count_update(self) -> None:
+        """See :meth:`GeneratorDistiller.count_update`; with `same_z`, the lecture has counted images and passes."""
+        if self.settings.same_z:
+            self.budget.student_updates += 1
+        else:
+            super().count_update()
+
     @torch.no_grad()
-    def teach(self) -> Lesson:
-        """The next images, and the teacher's answer to them."""
+    def lecture_step(self) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """The next images, and the teacher's answer to them: the fields of a :class:`Lesson`."""
         x = self.runtime.images(self.sample(self.settings.batch_size))
         with self.runtime.autocast(), attended(self.teacher_layers) as attention:
             t, _ = self.look(x)
-        return Lesson(x, t, attention)
+        return x, t, attention
 
     def _maps_must_match(self) -> None:
         x = self.runtime.images(torch.full((2, *self.image_shape), 0.5, device=self.runtime.device))

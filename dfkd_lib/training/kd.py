@@ -16,7 +16,8 @@ from ..data import ImageSet, crop_flip, minibatches, paired_crop_flip
 from ..errors import unknown
 from ..losses import IMITATION
 from ..runtime import Runtime
-from .players import check_positive, freeze, restore_state, sgd, state_of, update
+from .players import check_positive, freeze, in_compute_type, recordable, restore_state, sgd, state_of, update
+from .replay import Replay
 from .schedules import drops, set_lr
 
 
@@ -59,19 +60,28 @@ class KD:
         self, teacher: nn.Module, student: nn.Module, images: ImageSet, settings: Settings, runtime: Runtime
     ) -> None:
         self.settings, self.runtime, self.images = settings, runtime, images.to(runtime.device)
-        self.teacher = freeze(runtime.prepare(teacher))
+        self.teacher = in_compute_type(freeze(runtime.prepare(teacher)), runtime)
         self.student = runtime.prepare(student).train()
-        self.optimizer = sgd(self.student, settings.lr, settings.weight_decay, settings.momentum)
+        self.optimizer = recordable(sgd(self.student, settings.lr, settings.weight_decay, settings.momentum), runtime)
         self.scaler = runtime.scaler()
-        self.batches = minibatches(len(images), settings.batch_size, seed=runtime.seed)
+        self.batches = minibatches(len(images), settings.batch_size, seed=runtime.seed, device=runtime.device)
         self.randomness = runtime.stream("kd augmentation")
         self.steps = 0
+        self.at = torch.zeros(settings.batch_size, dtype=torch.int64, device=runtime.device)
+        self.imitation = Replay(self.imitation_step, runtime, [self.randomness])
 
     def step(self) -> dict[str, Tensor]:
         """One student update on the next batch; returns {"discrepancy": loss}, detached."""
         factor = drops(self.steps, self.settings.milestones, self.settings.drop_factor)
         set_lr(self.optimizer, self.settings.lr * factor)
-        x, _ = self.images.batch(self.batches(self.steps).to(self.runtime.device))
+        self.at.copy_(self.batches(self.steps))
+        loss = self.imitation()
+        self.steps += 1
+        return {"discrepancy": loss}
+
+    def imitation_step(self) -> Tensor:
+        """The update on the images at `self.at`, a :class:`~.replay.Replay`'s work; returns the loss, detached."""
+        x, _ = self.images.batch(self.at)
         if self.settings.crop:
             x, _ = paired_crop_flip(x, x[:, 0], size=self.settings.crop, generator=self.randomness)
         elif self.settings.augment:
@@ -82,8 +92,7 @@ class KD:
                 t = self.teacher(x).to(self.runtime.dtype)
             loss = IMITATION[self.settings.loss](self.student(x).to(self.runtime.dtype), t)
         update(self.optimizer, loss, self.scaler)
-        self.steps += 1
-        return {"discrepancy": loss.detach()}
+        return loss.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`dfkd_lib.training.fit.Method`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -11,8 +12,11 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from ..errors import InputError
+from ..runtime import PRECISIONS, Runtime
+from .replay import Replay
 
 M = TypeVar("M", bound=nn.Module)
+Opt = TypeVar("Opt", bound=Optimizer)
 
 
 def freeze(module: M) -> M:
@@ -21,6 +25,21 @@ def freeze(module: M) -> M:
     for p in module.parameters():
         p.requires_grad_(False)
     return module
+
+
+def in_compute_type(network: nn.Module, runtime: Runtime) -> nn.Module:
+    """A frozen network for use under this run's autocast: a copy whose convolutions and linear layers hold their
+    weights in the 16-bit type that autocast would bring them to at each call, or the network itself otherwise."""
+    if runtime.precision not in ("bfloat16", "float16"):
+        return network
+    try:
+        lowered = copy.deepcopy(network)
+    except (RuntimeError, TypeError, NotImplementedError):  # what cannot be copied is brought there at each call
+        return network
+    for layer in lowered.modules():
+        if type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear) and not hasattr(layer, "parametrizations"):
+            layer.to(PRECISIONS[runtime.precision])
+    return lowered
 
 
 @contextmanager
@@ -50,6 +69,25 @@ def _can_fuse(module: nn.Module) -> bool:
     return all(p.device.type in ("cpu", "cuda", "mps") for p in module.parameters())
 
 
+def recordable(optimizer: Opt, runtime: Runtime) -> Opt:
+    """The optimiser, fit for a :class:`~.replay.Replay` where this run records: rates and counters on the device."""
+    if runtime.graphs:
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(float(group["lr"]), device=runtime.device)
+            if "capturable" in group:
+                group["capturable"] = runtime.device.type == "cuda"
+    return optimizer
+
+
+@torch.no_grad()
+def start_anew(optimizer: Optimizer) -> None:
+    """Forget moments and counters in place, as if the optimiser had just been made."""
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.zero_()
+
+
 def update(optimizer: Optimizer, loss: Tensor, scaler: torch.amp.GradScaler) -> None:
     """One descent step on `loss`, with gradient scaling when the precision is float16."""
     optimizer.zero_grad(set_to_none=True)
@@ -71,13 +109,13 @@ def state_of(method: object, parts: tuple[str, ...]) -> dict[str, Any]:
 
 
 def restore_state(method: object, parts: tuple[str, ...], state: dict[str, Any]) -> None:
-    """Put back what :func:`state_of` took, on the devices where the parts are."""
+    """Put back what :func:`state_of` took, on the devices where the parts are, and have updates recorded anew."""
     for name in parts:
         part = getattr(method, name)
         if isinstance(part, torch.Generator):
             part.set_state(state[name].cpu())
         elif isinstance(part, Optimizer):
-            part.load_state_dict(state[name])
+            _load_optimizer(part, state[name])
             _as_parameters_lie(part)
         elif hasattr(part, "load_state_dict"):
             part.load_state_dict(state[name])
@@ -85,6 +123,22 @@ def restore_state(method: object, parts: tuple[str, ...], state: dict[str, Any])
             setattr(method, name, state[name].to(part.device))
         else:
             setattr(method, name, state[name])
+    for part in vars(method).values():
+        if isinstance(part, Replay):
+            part.forget()
+
+
+def _load_optimizer(optimizer: Optimizer, state: dict[str, Any]) -> None:
+    """Moments and rates of a checkpoint; where rates are tensors, they stay the same ones."""
+    groups = [dict(group) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, before in zip(optimizer.param_groups, groups, strict=True):
+        rate = float(group["lr"])
+        group |= {key: before[key] for key in ("lr", "capturable") if key in before}
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
 
 
 def _as_parameters_lie(optimizer: Optimizer) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
     """Give all parameter groups one learning rate."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if isinstance(group["lr"], Tensor):  # read by a recorded update, so it stays the same tensor
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def drops(step: int, milestones: Sequence[int], factor: float = 0.1) -> float:

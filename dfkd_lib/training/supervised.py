@@ -5,13 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..data import ImageSet, crop_flip, minibatches, paired_crop_flip
 from ..errors import InputError, unknown
 from ..losses import cross_entropy, focal
 from ..runtime import Runtime
-from .players import check_positive, restore_state, sgd, state_of, update
+from .players import check_positive, recordable, restore_state, sgd, state_of, update
+from .replay import Replay
 from .schedules import cosine, drops, one_cycle, set_lr
 
 SCHEDULES = ("constant", "milestones", "cosine", "one-cycle")
@@ -69,13 +71,17 @@ class Supervised:
             raise InputError(f"{images.name} has no labels; supervised training needs them")
         self.recipe, self.runtime, self.images = recipe, runtime, images.to(runtime.device)
         self.student = runtime.prepare(student).train()
-        self.optimizer = sgd(self.student, recipe.lr, recipe.weight_decay, recipe.momentum, recipe.nesterov)
+        self.optimizer = recordable(
+            sgd(self.student, recipe.lr, recipe.weight_decay, recipe.momentum, recipe.nesterov), runtime
+        )
         self.scaler = runtime.scaler()
-        self.batches = minibatches(len(images), recipe.batch_size, seed=runtime.seed)
+        self.batches = minibatches(len(images), recipe.batch_size, seed=runtime.seed, device=runtime.device)
         self.n_steps = recipe.epochs * (len(images) // recipe.batch_size or 1)
         self.void = -100 if images.void is None else images.void
         self.randomness = runtime.stream("supervised augmentation")
         self.steps = 0
+        self.at = torch.zeros(recipe.batch_size, dtype=torch.int64, device=runtime.device)
+        self.training = Replay(self.training_step, runtime, [self.randomness])
 
     def lr_factor(self) -> float:
         """Where the schedule stands, as a share of the peak learning rate."""
@@ -89,7 +95,14 @@ class Supervised:
     def step(self) -> dict[str, Tensor]:
         """One update on the next batch; returns {"loss": ...}, detached."""
         set_lr(self.optimizer, self.recipe.lr * self.lr_factor())
-        x, y = self.images.batch(self.batches(self.steps).to(self.runtime.device))
+        self.at.copy_(self.batches(self.steps))
+        loss = self.training()
+        self.steps += 1
+        return {"loss": loss}
+
+    def training_step(self) -> Tensor:
+        """The update on the images at `self.at`, a :class:`~.replay.Replay`'s work; returns the loss, detached."""
+        x, y = self.images.batch(self.at)
         if self.recipe.crop:
             x, y = paired_crop_flip(x, y, size=self.recipe.crop, generator=self.randomness)
         elif self.recipe.augment:
@@ -101,8 +114,7 @@ class Supervised:
         else:
             loss = cross_entropy(logits, y, self.recipe.label_smoothing, self.void)
         update(self.optimizer, loss, self.scaler)
-        self.steps += 1
-        return {"loss": loss.detach()}
+        return loss.detach()
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`dfkd_lib.training.fit.Method`."""
