@@ -237,7 +237,7 @@ def kernels(work: Callable[[], Any], device: torch.device) -> int:
     return sum(event.count for event in seen.key_averages() if event.self_device_time_total > 0)
 
 
-def measure_speed(trial: Trial, name: str, preset: str, test: ImageSet) -> dict[str, float]:
+def measure_speed(trial: Trial, name: str, preset: str, test: ImageSet, **settings: Any) -> dict[str, float]:
     """Milliseconds of one student update and of one synthesis call, as written and recorded."""
     found: dict[str, float] = {}
     teacher = new_student(trial, test, trial.scale.teacher).eval()
@@ -246,7 +246,9 @@ def measure_speed(trial: Trial, name: str, preset: str, test: ImageSet) -> dict[
             continue
         runtime = dataclasses.replace(trial.runtime, graphs=graphs)
         student = new_student(trial, test)
-        method: Any = distillers.build(name, teacher, student, test.image_shape, runtime, preset=preset, n_updates=1000)
+        method: Any = distillers.build(
+            name, teacher, student, test.image_shape, runtime, preset=preset, n_updates=1000, **settings
+        )
         method.step()  # fills the bank
         method.calls = 10_000  # past any warm-up
         per_update = isinstance(method, DFAD)

@@ -46,10 +46,12 @@ class Bank:
         self.stored.fill_(len(self))
 
     def _reserve(self, n: int) -> None:
-        """Make room for n rows; as long as there is room to grow, no row was overwritten and they lie in order."""
-        reserved = len(self.rows)
-        if n > reserved:
-            room = min(self.size, max(n, 2 * reserved)) - reserved
+        """Make room for n rows, as much as follows from n alone, so that a restored bank draws as this one does.
+
+        As long as there is room to grow, no row was overwritten and they lie in order.
+        """
+        if n > len(self.rows):
+            room = min(self.size, 1 << (n - 1).bit_length()) - len(self.rows)
             self.rows = torch.cat([self.rows, self.rows.new_zeros(room, *self.rows.shape[1:])])
 
     def newest(self, n: int) -> Tensor:
