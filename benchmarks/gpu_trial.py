@@ -1,17 +1,16 @@
 """Ten minutes of a GPU, used in order of worth: python benchmarks/gpu_trial.py --minutes 9 --out runs/gpu-trial
 
-First what shows that the code is right there (every method: graph against eager, a resume, float32 against the
-processor), then what it costs (milliseconds and kernels per update), then teachers and distillations of CIFAR-10 at
-published lengths, as many as fit: a run starts only if the time per update that was measured says that it will end.
-Each record is written when its run ends. `--resume` goes on in the next ten minutes; `--device cpu --minutes 2` is the
-same at toy sizes. The data lie where DFKD_DATA says.
+First what shows that the code is right there (every method: recorded against eager, a resume, float32 against the
+processor), then what it costs (milliseconds and kernels per update), then a teacher of CIFAR-10, Fast-5 at its
+published length, every method at a tenth of it, and further teachers, as many as fit: a run whose first evaluation
+shows that it will not end in time is left. Each record is written when its run ends. `--resume` goes on in the next
+ten minutes; `--device cpu --minutes 2` is the same at toy sizes. The data lie where DFKD_DATA says.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
 import os
 import signal
@@ -36,7 +35,7 @@ from dfkd_lib.methods.dfad import DFAD
 from dfkd_lib.reproduction.chapter import Chapter
 from dfkd_lib.reproduction.parameters import parameters
 from dfkd_lib.runtime import Runtime
-from dfkd_lib.teachers import Recipe, Teacher, train_or_load
+from dfkd_lib.teachers import RECIPES, Recipe, Teacher, train_or_load
 from dfkd_lib.training import checkpoints
 from dfkd_lib.training.kd import KD
 from dfkd_lib.training.kd import Settings as KDSettings
@@ -68,19 +67,19 @@ class Scale:
     published_updates: int
     short_updates: int
     preset: str
-    batch_size: int
+    batch_size: int  # of every row of the short runs
 
 
 REAL = Scale(
     dataset="cifar10",
     teacher="wrn40_2",
     student="wrn16_1",
-    recipe=Recipe(epochs=60, batch_size=128, lr=0.1, nesterov=True, schedule="cosine", augment=True),
+    recipe=RECIPES["cifar10"],
     more_teachers=("cifar100",),
     published_updates=80_000,
     short_updates=8_000,
     preset="cifar10",
-    batch_size=256,
+    batch_size=128,
 )
 TOY = Scale(
     dataset="digits",
@@ -97,6 +96,10 @@ TOY = Scale(
 
 class TimeIsUp(BaseException):
     """The deadline has come in the middle of a run."""
+
+
+class TooLong(Exception):
+    """A run would end after the deadline."""
 
 
 class Trial:
@@ -291,15 +294,18 @@ def chapter_of(trial: Trial, folder: str, **chosen: Any) -> Chapter:
     return Chapter("comparison", values | chosen)
 
 
-def distil(trial: Trial, chapter: Chapter, name: str, teacher: Teacher, test: ImageSet, preset: str, n_updates: int,
-           n_evaluations: int) -> None:  # fmt: skip
+def distil(trial: Trial, chapter: Chapter, name: str, teacher: Teacher, test: ImageSet, n_evaluations: int,
+           **settings: Any) -> None:  # fmt: skip
     """One data-free row: accuracy and what was spent, its curve, its student in half precision."""
+    preset, n_updates, row = chapter.parameters["preset"], chapter.parameters["n_updates"], f"comparison/{LABELS[name]}"
     method = distillers.build(name, teacher.module, new_student(trial, test), test.image_shape, chapter.runtime,
-                              preset=preset, n_updates=n_updates)  # fmt: skip
+                              preset=preset, n_updates=n_updates, **settings)  # fmt: skip
+    calls = distillers.n_calls(method)
+    start, left = time.perf_counter(), trial.left
 
     def figures() -> dict[str, float]:
         spent = method.budget
-        return {
+        found = {
             "accuracy": accuracy(method.student, test, chapter.runtime, 2000),
             "student updates": spent.student_updates,
             "images": spent.images,
@@ -308,17 +314,42 @@ def distil(trial: Trial, chapter: Chapter, name: str, teacher: Teacher, test: Im
             "distillation seconds": spent.distillation_seconds,
             "total seconds": spent.synthesis_seconds + spent.distillation_seconds,
         }
+        done = getattr(method, "calls", 0) or getattr(method, "steps", 0)
+        if calls > done > 0 and (needed := (time.perf_counter() - start) * calls / done) > left:
+            raise TooLong(f"{row} would take {needed:.0f} s")
+        return found
 
-    calls = distillers.n_calls(method)
-    row = f"comparison/{LABELS[name]}"
-    chapter.fit(row, method, calls, evaluate=figures, eval_every=max(1, calls // n_evaluations),
-                watch=lambda: method.watch(40), may_diverge=True)  # fmt: skip
+    try:
+        chapter.fit(row, method, calls, evaluate=figures, eval_every=max(1, calls // n_evaluations),
+                    watch=lambda: method.watch(40), may_diverge=True)  # fmt: skip
+    except TooLong as e:
+        trial.say(f"{e}: left out")
+        return
+    for what, value in settings.items():
+        if isinstance(value, int | float):
+            chapter.note(f"{row}/{what}", value)
     keep(chapter, name, method.student)
     if chapter.out and row in chapter.fits:
         last = chapter.fits[row].snapshots
         checkpoints.save(chapter.out / f"images-{name}.safetensors", (last[max(last)]["images"] * 255).byte())
     trial.say(f"{row}: {chapter.metrics.get(f'{row}/accuracy')} after {method.budget.student_updates} updates, "
-              f"{method.budget.synthesis_seconds + method.budget.distillation_seconds:.0f} s")  # fmt: skip
+              f"{time.perf_counter() - start:.0f} s")  # fmt: skip
+
+
+def batch_norm_scale(trial: Trial, name: str, teacher: Teacher, test: ImageSet, n_calls: int = 20) -> str:
+    """The form of the batch-norm term under which a published setting still finds images of the classes it asks for:
+    the papers', if the class term falls below a half of ln K in `n_calls` calls, else the relative one. No data."""
+    n_classes = test.n_classes
+    for scale in ("absolute", "relative"):
+        method: Any = distillers.build(name, teacher.module, new_student(trial, test), test.image_shape, trial.runtime,
+                                       preset=trial.scale.preset, n_updates=100, bn_scale=scale, warmup=n_calls + 1)  # fmt: skip
+        for _ in range(n_calls):
+            metrics = method.step()
+        target, term = float(metrics["target loss"]), float(metrics["bn loss"])
+        trial.say(f"{name}, {scale} batch-norm term {term:.3g}, class term {target:.3g} after {n_calls} calls")
+        if target < 0.5 * math.log(n_classes):
+            return scale
+    return "relative"
 
 
 def keep(chapter: Chapter, name: str, student: nn.Module) -> None:
@@ -338,19 +369,6 @@ def on_data(trial: Trial, chapter: Chapter, teacher: Teacher, train: ImageSet, t
                 evaluate=lambda: {"accuracy": accuracy(method.student, test, chapter.runtime, 2000)})  # fmt: skip
     keep(chapter, "kd", method.student)
     trial.say(f"KD original: {chapter.metrics.get('comparison/KD original/accuracy')}")
-
-
-def expected(trial: Trial, name: str, preset: str, n_updates: int) -> float:
-    """Seconds that a row will take, from what :func:`measure_speed` found; infinite where nothing was measured."""
-    found = trial.speed.get(f"{name} {preset}")
-    if not found:
-        return math.inf
-    how = "recorded" if "update, recorded" in found else "eager"
-    settings = distillers.settings_for(name, preset=preset, n_updates=n_updates)
-    per_call = getattr(settings, "kd_steps", None) or settings.k
-    calls = math.ceil(n_updates / per_call) + (getattr(settings, "warmup", 0) or getattr(settings, "preinvert", 0))
-    synthesis = found[f"call, {how}"] * calls * (settings.generator_steps if name in ("dfad", "random") else 1)
-    return (found[f"update, {how}"] * n_updates + synthesis) / 1000 + 3
 
 
 def run(trial: Trial, parts: list[str], methods: list[str]) -> None:
@@ -377,31 +395,26 @@ def run(trial: Trial, parts: list[str], methods: list[str]) -> None:
                 rounded = {what: round(ms, 2) for what, ms in trial.speed[f"{name} {preset}"].items()}
                 trial.say(f"{name} {preset}: {rounded}")
         write_json(trial.out / "speed.json", trial.speed)
-    elif (trial.out / "speed.json").is_file():
-        trial.speed = json.loads((trial.out / "speed.json").read_text())
     if "teacher" not in parts:
         return
     teacher, train, test = teacher_of(trial, scale.dataset)
-    if "published" in parts:
-        seconds = expected(trial, "fast", "paper" if scale is REAL else scale.preset, scale.published_updates)
-        trial.say(f"Fast-5 with {scale.published_updates} updates will take {seconds:.0f} s")
-        if seconds < trial.left:
-            published = chapter_of(trial, f"{scale.dataset}-fast-{scale.published_updates}", methods=["fast"],
-                                   preset="paper" if scale is REAL else scale.preset,
-                                   n_updates=scale.published_updates)  # fmt: skip
-            note_teacher(published, teacher)
-            distil(trial, published, "fast", teacher, test, published.parameters["preset"], scale.published_updates, 40)
+    short = None
     if "short" in parts:
         short = chapter_of(trial, f"{scale.dataset}-{scale.short_updates}", methods=methods, preset=scale.preset,
                            n_updates=scale.short_updates, batch_size_kd=scale.batch_size, lr_kd=0.1)  # fmt: skip
         note_teacher(short, teacher)
         on_data(trial, short, teacher, train, test, scale.short_updates)
-        for name in methods:
-            seconds = expected(trial, name, scale.preset, scale.short_updates)
-            if seconds > trial.left:
-                trial.say(f"{name} would take {seconds:.0f} s: left out")
-                continue
-            distil(trial, short, name, teacher, test, scale.preset, scale.short_updates, 8)
+        distil(trial, short, methods[0], teacher, test, 8, batch_size=scale.batch_size)
+    if "published" in parts:
+        published = chapter_of(trial, f"{scale.dataset}-fast-{scale.published_updates}", methods=["fast"],
+                               preset="paper" if scale is REAL else scale.preset,
+                               n_updates=scale.published_updates)  # fmt: skip
+        note_teacher(published, teacher)
+        more = {"bn_scale": batch_norm_scale(trial, "fast", teacher, test)} if scale is REAL else {}
+        published.note("comparison/Fast-5/relative batch-norm term", float(more.get("bn_scale") == "relative"))
+        distil(trial, published, "fast", teacher, test, 40, **more)
+    for name in methods[1:] if short else ():
+        distil(trial, short, name, teacher, test, 8, batch_size=scale.batch_size)
     for dataset in scale.more_teachers if "more" in parts else ():
         teacher_of(trial, dataset)
 

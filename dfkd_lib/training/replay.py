@@ -6,6 +6,7 @@ the device works them off. A CUDA graph hands them out all at once.
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
@@ -90,11 +91,22 @@ class CudaRecorder:
 
     def record(self, work: Callable[[], Any], streams: Sequence[torch.Generator]) -> tuple[Callable[[], None], Any]:
         """See :class:`Recorder`."""
-        graph = torch.cuda.CUDAGraph()
+        graph, before = torch.cuda.CUDAGraph(), [stream.get_state() for stream in streams]
         for stream in streams:
             graph.register_generator_state(stream)
-        with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
-            results = work()
+        gc.collect()
+        gc.disable()  # an older graph that is collected in the middle of a recording breaks it
+        try:
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                results = work()
+        except RuntimeError:
+            for stream, state in zip(streams, before, strict=True):  # which would believe that it is still recorded
+                fresh = torch.Generator(stream.device)
+                fresh.set_state(state)
+                stream.graphsafe_set_state(fresh.graphsafe_get_state())
+            raise
+        finally:
+            gc.enable()
         return graph.replay, results
 
 
