@@ -118,8 +118,8 @@ class PlainInversion:
         """One update of the student on random images of the pool."""
         assert self.pool is not None
         settings = self.settings
-        at = torch.randint(len(self.pool), (settings.batch_size,), generator=self.augmentation, device=self.device)
-        x = self.view(self.pool[at]).to(self.dtype)
+        at = torch.rand(settings.batch_size, generator=self.augmentation, device=self.device) * len(self.pool)
+        x = self.view(self.pool[at.long()]).to(self.dtype)
         with torch.no_grad():
             t = self.teacher(x)
         s = self.student(x)
@@ -224,7 +224,8 @@ class PlainCMI(PlainInversion):
     def contrastive_loss(self, local: Tensor, whole: Tensor) -> Tensor:
         """L_cr against negatives from the memory."""
         settings, n = self.settings, len(local)
-        at = torch.randperm(self.stored, generator=self.noise, device=self.device)[: settings.negatives]
+        keys = torch.rand(len(self.memory), generator=self.noise, device=self.device)
+        at = keys[: self.stored].argsort()[: settings.negatives]
         stored_local, stored_whole = self.memory[at].chunk(2, 1)
         u = F.normalize(self.head(torch.cat([local, stored_local])), dim=1)
         v = F.normalize(self.head(torch.cat([whole, stored_whole])), dim=1).detach()

@@ -255,8 +255,9 @@ def test_the_relative_batch_norm_term_is_that_of_the_same_network_at_any_scale(r
         if rho is None:
             loss = batch_norm_loss(seen, form)
         else:
-            statistics = MomentumStatistics(rho, form)
-            statistics.update(seen)
+            statistics = MomentumStatistics(rho, x.device, form)
+            statistics.loss(seen)
+            statistics.update()
             with tapped(batch_norm_layers(network)) as seen:
                 network(x * 0.5)
             loss = statistics.loss(seen)

@@ -41,10 +41,15 @@ class Noise(Distiller):
         t, _ = self.look(x)
         losses.kl(self.opinion(x), t).backward()
         assert x.grad is not None and x.grad.abs().sum() > 0, "gradients do reach the images"
+        self.budget.images += 4
+        self.budget.teacher_passes += 4
         return {"value": x.detach().mean()}
 
+    def count_update(self) -> None:
+        super().count_update()
+        self.budget.images += self.distillation.batch_size
+
     def sample(self, n: int) -> Tensor:
-        self.budget.images += n
         return self.draw_noise(n, 64).view(n, *SHAPE).sigmoid()
 
     def pictures(self, n: int) -> Tensor:

@@ -18,10 +18,11 @@ from dfkd_lib.methods import fast
 from dfkd_lib.methods.fast import META, PRESETS, Fast, Settings, descent, draw_first_layer
 from dfkd_lib.methods.inversion import MomentumStatistics, batch_norm_loss
 from dfkd_lib.runtime import Runtime
-from dfkd_lib.taps import Seen
+from dfkd_lib.taps import Seen, tapped
 from dfkd_lib.teachers import RECIPES, train_or_load
 from dfkd_lib.training.fit import fit
 
+CPU = torch.device("cpu")
 SMALL = Settings(
     batch_size=8, kd_steps=2, latent_dim=6, ngf=4, synthesis_batch=12, g_steps=3, lr_generator=0.01, lr_z=0.02,
     warmup=2, reset_l0=0, pad=1, bank_size=40,
@@ -47,17 +48,18 @@ def two_layers() -> list[nn.Module]:
 
 @pytest.mark.parametrize("rho", [0.0, 0.9])
 def test_momentum_statistics_begin_as_the_plain_loss_and_stay_so_without_momentum(rho):
-    layers, statistics = two_layers(), MomentumStatistics(rho)
+    layers, statistics = two_layers(), MomentumStatistics(rho, CPU)
     assert torch.equal(statistics.loss(visits(0, layers)), batch_norm_loss(visits(0, layers)))
     for call in range(3):
-        statistics.update(visits(call, layers))
+        statistics.loss(visits(call, layers))
+        statistics.update()
         plain = torch.allclose(statistics.loss(visits(7, layers)), batch_norm_loss(visits(7, layers)), atol=1e-12)
         assert plain is (rho == 0)
 
 
 def test_identical_batches_leave_the_loss_and_scale_the_gradient():
     layers, rho = two_layers(), 0.9
-    statistics = MomentumStatistics(rho)
+    statistics = MomentumStatistics(rho, CPU)
     gradients, values = [], []
     for _ in range(2):
         x = torch.ones(9, 3, 4, 4, dtype=torch.float64) * torch.linspace(0, 1, 9)[:, None, None, None]
@@ -65,16 +67,17 @@ def test_identical_batches_leave_the_loss_and_scale_the_gradient():
         loss = statistics.loss([Seen(layer, x) for layer in layers])
         gradients.append(torch.autograd.grad(loss, x)[0])
         values.append(loss.detach())
-        statistics.update([Seen(layer, x) for layer in layers])
+        statistics.update()
     assert torch.allclose(*values, atol=1e-12)
     assert torch.allclose(gradients[1], (1 - rho) * gradients[0], atol=1e-14)
 
 
 def test_momentum_statistics_follow_their_closed_form():
     layers, rho = two_layers(), 0.7
-    statistics = MomentumStatistics(rho)
+    statistics = MomentumStatistics(rho, CPU)
     for call in range(4):
-        statistics.update(visits(call, layers))
+        statistics.loss(visits(call, layers))
+        statistics.update()
     # The first call enters with full weight: weights rho^3, rho^2 (1 - rho), rho (1 - rho), 1 - rho.
     weights = [rho**3, rho**2 * (1 - rho), rho * (1 - rho), 1 - rho]
     for i in range(2):
@@ -82,7 +85,7 @@ def test_momentum_statistics_follow_their_closed_form():
             sum(w * visits(call, layers)[i].statistics()[k] for call, w in enumerate(weights)) for k in (0, 1)
         )
         assert torch.allclose(statistics.averages[i][0], mean) and torch.allclose(statistics.averages[i][1], variance)
-    restored = MomentumStatistics(rho)
+    restored = MomentumStatistics(rho, CPU)
     restored.load_state_dict(copy.deepcopy(statistics.state_dict()))
     assert torch.equal(restored.loss(visits(5, layers)), statistics.loss(visits(5, layers)))
 
@@ -106,7 +109,7 @@ def test_fomaml_with_one_step_gives_the_ordinary_gradient(float64):
     given = meta_gradients(one)
     z = other.draw_noise(12, 6).requires_grad_()
     targets = other.draw_targets(12)
-    loss, _, _ = other.inversion_loss(other.augment(other.generator(z)), targets)
+    loss, _ = other.inversion_loss(other.augment(other.generator(z)), targets)
     expected = torch.autograd.grad(loss, list(other.generator.parameters()))
     assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(given, expected, strict=True))
 
@@ -228,7 +231,7 @@ def test_a_student_equal_to_its_teacher_adds_no_gradient(float64):
         one = Fast(copy.deepcopy(teacher), copy.deepcopy(teacher), (1, 8, 8), settings, float64)
         one.student.eval()
         x = torch.rand(6, 1, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
-        loss, _, _ = one.inversion_loss(x, torch.arange(6) % 5)
+        loss, _ = one.inversion_loss(x, torch.arange(6) % 5)
         gradients.append(torch.autograd.grad(loss, x)[0])
     assert torch.allclose(*gradients, atol=1e-15)
 
@@ -237,8 +240,9 @@ def test_the_loss_is_the_sum_of_its_terms(float64):
     one = method(float64, replace(SMALL, warmup=0, bn=2.0, oh=3.0, adv=0.5))
     one.student.eval()
     x, targets = torch.rand(6, 1, 8, 8, dtype=torch.float64), torch.arange(6) % 5
-    loss, terms, seen = one.inversion_loss(x, targets)
-    t = one.teacher(x)
+    loss, terms = one.inversion_loss(x, targets)
+    with tapped(one.layers) as seen:
+        t = one.teacher(x)
     expected = 2 * batch_norm_loss(seen) + 3 * nn.functional.cross_entropy(t, targets)
     assert torch.allclose(loss, expected - 0.5 * losses.agreeing_kl(one.student(x), t))
     assert set(terms) == {"bn loss", "target loss", "agreeing KL"}
@@ -249,7 +253,7 @@ def test_what_is_stored_is_the_iterate_of_least_loss_before_its_update(float32, 
     made, seen, augment, inner = [], [], one.augment, one.inversion_loss
     monkeypatch.setattr(one, "augment", lambda x: made.append(x.detach().clone()) or augment(x))
 
-    def spy(x: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor], list[Seen]]:
+    def spy(x: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         result = inner(x, targets)
         seen.append(float(result[0].detach()))
         return result

@@ -94,7 +94,7 @@ def test_updates_and_images_are_counted(variant, float32):
     game = method(variant, float32)
     for _ in range(4):
         metrics = game.step()
-    settings: Any = game.generation
+    settings: Any = game.making
     learning = 4 - getattr(settings, "warmup", 0)
     updates = learning * settings.kd_steps
     lessons = learning if getattr(settings, "same_z", False) else updates

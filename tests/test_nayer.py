@@ -183,8 +183,8 @@ def test_default_weights_are_those_of_a_new_network():
 
 def test_the_generator_lives_as_long_as_it_should(float32, monkeypatch):
     one = method(float32)
-    renewals, optimizers, start, end = [], [], [], []
-    renew, invert, build = one.renew, one.invert, nayer.adam
+    renewals, moments, start, end = [], [], [], []
+    renew, invert = one.renew, one.invert
 
     def spied_renew() -> None:
         renewals.append(one.calls)
@@ -194,42 +194,36 @@ def test_the_generator_lives_as_long_as_it_should(float32, monkeypatch):
         start.append(snapshot(one.generator))
         metrics = invert()
         end.append(snapshot(one.generator))
+        moments.append({int(state["step"]) for state in one.optimizer.state.values()})
         return metrics
-
-    def spied_adam(*args: object) -> torch.optim.Adam:
-        optimizers.append(build(*args))
-        return optimizers[-1]
 
     monkeypatch.setattr(one, "renew", spied_renew)
     monkeypatch.setattr(one, "invert", spied_invert)
-    monkeypatch.setattr(nayer, "adam", spied_adam)
     for _ in range(5):
         one.step()
     assert renewals == [2, 4]
     continued = [same(a, b) for a, b in zip(end, start[1:], strict=False)]
     first_of_generation = {6, 10}  # 3 + 3 batches in the warm-up, then 2 + 2, then 2
     assert continued == [batch not in first_of_generation for batch in range(1, 12)]
-    assert len(optimizers) == 12
-    for optimizer in optimizers:
-        assert {int(state["step"]) for state in optimizer.state.values()} == {SMALL.g_steps}
-        assert any(p is one.noisy.weight for group in optimizer.param_groups for p in group["params"])
+    assert moments == [{SMALL.g_steps}] * 12, "Adam begins anew with each batch"
+    assert any(p is one.noisy.weight for group in one.optimizer.param_groups for p in group["params"])
 
 
 @pytest.mark.parametrize("redraw", [True, False])
 def test_noisy_layers_learn_and_are_redrawn_when_they_should(float32, monkeypatch, redraw):
     one = method(float32, replace(SMALL, redraw=redraw))
-    starts, ends, invert = [], [], one.descend
+    befores, afters, work = [], [], one.inversion.work
 
-    def spied(optimizer: torch.optim.Optimizer, targets: Tensor, best: object, step: int) -> dict[str, Tensor]:
-        if step == 0:
-            starts.append(snapshot(one.noisy))
-        terms = invert(optimizer, targets, best, step)
-        if step == SMALL.g_steps - 1:
-            ends.append(snapshot(one.noisy))
+    def spied() -> dict[str, Tensor]:
+        befores.append(snapshot(one.noisy))
+        terms = work()
+        afters.append(snapshot(one.noisy))
         return terms
 
-    monkeypatch.setattr(one, "descend", spied)
+    monkeypatch.setattr(one.inversion, "work", spied)
     one.synthesize()
+    assert len(befores) == SMALL.batches_warmup * SMALL.g_steps
+    starts, ends = befores[:: SMALL.g_steps], afters[SMALL.g_steps - 1 :: SMALL.g_steps]
     assert all(not torch.equal(a[n], b[n]) for a, b in zip(starts, ends, strict=True) for n in ("weight", "bias"))
     assert [same(a, b) for a, b in zip(ends, starts[1:], strict=False)] == [not redraw] * 2
 
@@ -332,7 +326,7 @@ def test_the_best_images_are_stored_as_they_were_before_their_update(float32, mo
 def test_momentum_statistics_are_updated_once_per_batch_and_survive_the_generator(float32, monkeypatch):
     one = method(float32)
     updates, update = [], one.statistics.update
-    monkeypatch.setattr(one.statistics, "update", lambda seen: updates.append(len(seen)) or update(seen))
+    monkeypatch.setattr(one.statistics, "update", lambda: updates.append(len(one.statistics._newest)) or update())
     for _ in range(2):
         one.step()
     kept = [m.clone() for m, _ in one.statistics.averages]

@@ -54,8 +54,9 @@ def test_fast_equals_its_plain_loop(float64):
 def test_cmi_equals_its_plain_loop(float64):
     settings = replace(CMI, **TINY, inner_steps=2, head_dim=6, negatives=10, memory_size=24)
     ours = cmi.CMI(*players(), (1, 8, 8), settings, float64)
-    # In the library's memory a feature has 8 bits; the plain one keeps them all.
-    ours.discriminator.memory.rows = ours.discriminator.memory.rows.double()
+    # In the library's memory a feature has 8 bits and the room grows; the plain one keeps all bits from the start.
+    memory = ours.discriminator.memory
+    memory.rows = memory.rows.new_zeros(24, *memory.rows.shape[1:], dtype=torch.float64)
     plain = PlainCMI(*players(), ours.generator, ours.discriminator.head, settings, float64)
     run_both(ours, plain)
     assert_same(ours.discriminator.head, plain.head)
