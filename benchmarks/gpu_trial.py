@@ -23,7 +23,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dfkd_lib import data, distillers, models
 from dfkd_lib.data import ImageSet
@@ -180,8 +180,7 @@ def agreement(name: str, device: torch.device, folder: Path) -> dict[str, float]
     for _ in range(3):
         resumed.step()
     on_cpu = tiny_method(name, Runtime.choose("cpu", "float32"))
-    state = checkpoints_on_cpu(methods["recorded"].student.state_dict())
-    on_cpu.student.load_state_dict(state)
+    on_cpu.student.load_state_dict(methods["recorded"].student.state_dict())  # copies across devices
     x = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         here = [
@@ -194,11 +193,6 @@ def agreement(name: str, device: torch.device, folder: Path) -> dict[str, float]
         "resumed against uninterrupted": apart(methods["recorded"].student, resumed.student),
         "device against processor": logits,
     }
-
-
-def checkpoints_on_cpu(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A network's state on the processor."""
-    return {key: value.cpu() for key, value in state.items()}
 
 
 def new_student(trial: Trial, test: ImageSet, name: str = "") -> nn.Module:
@@ -240,7 +234,7 @@ def kernels(work: Callable[[], Any], device: torch.device) -> int:
     return sum(event.count for event in seen.key_averages() if event.self_device_time_total > 0)
 
 
-def measure_speed(trial: Trial, name: str, preset: str, test: ImageSet, **settings: Any) -> dict[str, float]:
+def measure_speed(trial: Trial, name: str, preset: str, test: ImageSet) -> dict[str, float]:
     """Milliseconds of one student update and of one synthesis call, as written and recorded."""
     found: dict[str, float] = {}
     teacher = new_student(trial, test, trial.scale.teacher).eval()
@@ -249,9 +243,7 @@ def measure_speed(trial: Trial, name: str, preset: str, test: ImageSet, **settin
             continue
         runtime = dataclasses.replace(trial.runtime, graphs=graphs)
         student = new_student(trial, test)
-        method: Any = distillers.build(
-            name, teacher, student, test.image_shape, runtime, preset=preset, n_updates=1000, **settings
-        )
+        method: Any = distillers.build(name, teacher, student, test.image_shape, runtime, preset=preset, n_updates=1000)
         method.step()  # fills the bank
         method.calls = 10_000  # past any warm-up
         per_update = isinstance(method, DFAD)
@@ -341,8 +333,9 @@ def batch_norm_scale(trial: Trial, name: str, teacher: Teacher, test: ImageSet, 
     the papers', if the class term falls below a half of ln K in `n_calls` calls, else the relative one. No data."""
     n_classes = test.n_classes
     for scale in ("absolute", "relative"):
-        method: Any = distillers.build(name, teacher.module, new_student(trial, test), test.image_shape, trial.runtime,
-                                       preset=trial.scale.preset, n_updates=100, bn_scale=scale, warmup=n_calls + 1)  # fmt: skip
+        settings: dict[str, Any] = {"n_updates": 100, "bn_scale": scale, "warmup": n_calls + 1}
+        method = distillers.build(name, teacher.module, new_student(trial, test), test.image_shape, trial.runtime,
+                                  preset=trial.scale.preset, **settings)  # fmt: skip
         for _ in range(n_calls):
             metrics = method.step()
         target, term = float(metrics["target loss"]), float(metrics["bn loss"])
@@ -413,8 +406,9 @@ def run(trial: Trial, parts: list[str], methods: list[str]) -> None:
         more = {"bn_scale": batch_norm_scale(trial, "fast", teacher, test)} if scale is REAL else {}
         published.note("comparison/Fast-5/relative batch-norm term", float(more.get("bn_scale") == "relative"))
         distil(trial, published, "fast", teacher, test, 40, **more)
-    for name in methods[1:] if short else ():
-        distil(trial, short, name, teacher, test, 8, batch_size=scale.batch_size)
+    if short:
+        for name in methods[1:]:
+            distil(trial, short, name, teacher, test, 8, batch_size=scale.batch_size)
     for dataset in scale.more_teachers if "more" in parts else ():
         teacher_of(trial, dataset)
 

@@ -74,10 +74,11 @@ def test_a_gpu_keeps_its_own_time_and_is_waited_for_only_where_the_time_is_read(
 
 
 def test_a_device_without_events_is_timed_by_the_processor(monkeypatch):
-    def none(**_: object) -> Event:
-        raise RuntimeError("no events here")
+    class Missing(Event):
+        def __init__(self, enable_timing: bool) -> None:
+            raise RuntimeError("no events here")
 
-    monkeypatch.setattr(torch.cuda, "Event", none)
+    monkeypatch.setattr(torch.cuda, "Event", Missing)
     budget = Budget()
     with budget.synthesis(torch.device("cuda:0")):
         sum(range(1000))

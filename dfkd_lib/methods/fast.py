@@ -240,7 +240,7 @@ class Fast(BankDistiller):
                 # float16 can overflow in a step, which the scaler then skips; so does the sum.
                 if fast.grad is not None:
                     step = torch.nan_to_num(fast.grad, 0.0, 0.0, 0.0) if scaler.is_enabled() else fast.grad
-                    theta.grad.add_(step)
+                    theta.grad.add_(step)  # type: ignore[union-attr]  # made in the constructor
         scaler.step(optimizer)
         scaler.update()
 
@@ -251,7 +251,7 @@ class Fast(BankDistiller):
             self.generator.load_state_dict(self.inner.state_dict())
         elif self.settings.meta == "reptile":
             for theta, fast in zip(self.generator.parameters(), self.inner.parameters(), strict=True):
-                theta.grad.copy_(REPTILE_SCALE * (theta - fast))
+                theta.grad.copy_(REPTILE_SCALE * (theta - fast))  # type: ignore[union-attr]
         if self.settings.meta in ("fomaml", "reptile"):
             self.meta_optimizer.step()
 
