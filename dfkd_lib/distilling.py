@@ -183,7 +183,7 @@ def distill(
         }
         algorithm = build(method, players.teacher, players.student, shape, runtime, preset=preset, n_updates=n_updates,
                           **settings)  # fmt: skip
-        checking.check_visits(players.teacher, _read_layers(algorithm), shape, runtime)
+        checking.check_visits(algorithm.teacher, _read_layers(algorithm), shape, runtime)
         told += _large_bank(algorithm)
         checkpoint = None
         if folder:
