@@ -33,7 +33,8 @@ def save(path: Path, state: Any) -> None:
     skeleton = json.dumps(_pack(state, tensors))
     with replace_file(path) as temporary:
         try:
-            save_file(tensors, temporary, metadata={"state": skeleton, "sha256": _digest(skeleton, tensors)})
+            # One entry, because several are written in an order of chance, and equal states shall be equal files.
+            save_file(tensors, temporary, metadata={"checked": f"{_digest(skeleton, tensors)} {skeleton}"})
         except SafetensorError as e:
             raise OSError(None, str(e)) from e
 
@@ -50,10 +51,13 @@ def load(path: Path) -> Any:
             # Copies, because those in the file are not aligned, and some kernels add in another order then.
             tensors = {name: f.get_tensor(name).clone() for name in f.keys()}  # noqa: SIM118 (not a dict)
             metadata = f.metadata()
-        # Teachers that were saved by the first versions have their checksum in the JSON beside them alone.
-        if "sha256" in metadata and metadata["sha256"] != _digest(metadata["state"], tensors):
+        if "checked" in metadata:
+            checksum, skeleton = metadata["checked"].split(" ", 1)
+        else:  # Earlier versions had two entries, and the first a checksum only in the JSON beside a teacher.
+            checksum, skeleton = metadata.get("sha256"), metadata["state"]
+        if checksum and checksum != _digest(skeleton, tensors):
             raise ValueError("its checksum differs")
-        return _unpack(json.loads(metadata["state"]), tensors)
+        return _unpack(json.loads(skeleton), tensors)
     except OSError as e:
         raise DFKDError(f"cannot read {path}: {e.strerror or e}") from e
     except (SafetensorError, KeyError, TypeError, ValueError) as e:
