@@ -227,12 +227,12 @@ class Views:
 
     def __init__(self, images: ImageSet, settings: Settings, runtime: Runtime, name: str, n: int | None = None) -> None:
         self.images, self.settings, self.runtime = images.to(runtime.device), settings, runtime
-        self.order = minibatches(len(images), n or settings.batch_size, seed=runtime.seed)
+        self.order = minibatches(len(images), n or settings.batch_size, seed=runtime.seed, device=runtime.device)
         self.randomness = runtime.stream(name)
 
     def batch(self, step: int) -> Tensor:
         """Images of a step [B, C, H, W]; the draws of the augmentation come from :attr:`randomness`."""
-        x, _ = self.images.batch(self.order(step).to(self.runtime.device))
+        x, _ = self.images.batch(self.order(step))
         if self.settings.pad or self.settings.flip:
             x = crop_flip(x, pad=self.settings.pad, flip=self.settings.flip, generator=self.randomness)
         return self.runtime.images(x)

@@ -297,7 +297,7 @@ class NetGraft:
         self.scions = runtime.prepare(nn.ModuleList(scions))
         self.phases = schedule([scion.name for scion in scions], settings)
         self.n_steps = sum(phase.n_steps for phase in self.phases)
-        self.batches = minibatches(len(views.logits), settings.batch_size, seed=runtime.seed)
+        self.batches = minibatches(len(views.logits), settings.batch_size, seed=runtime.seed, device=runtime.device)
         self.scaler = runtime.scaler()
         self.optimizer: Adam | None = None
         self.steps = 0
@@ -308,7 +308,7 @@ class NetGraft:
         if is_new:
             self._enter(phase)
         assert self.optimizer is not None
-        rows = self.batches(self.steps).to(self.runtime.device)
+        rows = self.batches(self.steps)
         with self.runtime.autocast():
             z_s = through(self.behind, through(self.learning, self.inputs[rows])).to(self.runtime.dtype)
         loss = distance(z_s, self.views.logits[rows])

@@ -59,13 +59,13 @@ class Whole:
         first = scions[0].a_in
         self.student = [*([] if first is None else [first]), *(scion.body for scion in scions)]
         self.optimizer = Adam(self.scions.parameters(), settings.lr, fused=True)
-        self.batches = minibatches(len(views.logits), settings.batch_size, seed=runtime.seed)
+        self.batches = minibatches(len(views.logits), settings.batch_size, seed=runtime.seed, device=runtime.device)
         self.scaler = runtime.scaler()
         self.n_steps, self.steps = settings.n_steps, 0
 
     def step(self) -> dict[str, Tensor]:
         """One update of the whole student; returns {"loss": ...}, detached."""
-        rows = self.batches(self.steps).to(self.runtime.device)
+        rows = self.batches(self.steps)
         x, dtype = self.views.inputs[rows], self.runtime.dtype
         if self.settings.objective == "hints" and self.steps < self.n_steps / 2:
             with self.runtime.autocast():

@@ -221,8 +221,10 @@ class MosaicKD:
         self.images = None if images is None else images.to(runtime.device)
         if images is not None:
             # Two orders of visiting: the discriminator's and the student's.
-            self.judged = minibatches(len(images), settings.batch_size, seed=runtime.seed)
-            self.shown = minibatches(len(images), settings.batch_size, seed=runtime.seed + 1_000_003)
+            self.judged = minibatches(len(images), settings.batch_size, seed=runtime.seed, device=runtime.device)
+            self.shown = minibatches(
+                len(images), settings.batch_size, seed=runtime.seed + 1_000_003, device=runtime.device
+            )
         self.steps = 0
         self.budget = Budget()
 
@@ -263,7 +265,7 @@ class MosaicKD:
     def discriminate(self, fake: Tensor) -> Tensor:
         """The discriminator's step on generated images and on as many real ones, in two batches; returns L_D."""
         assert self.discriminator is not None and self.images is not None
-        real, _ = self.images.batch(self.judged(self.steps).to(self.runtime.device))
+        real, _ = self.images.batch(self.judged(self.steps))
         with self.runtime.autocast():
             on_fake = self.discriminator(fake).to(self.runtime.dtype)
             on_real = self.discriminator(self.runtime.images(real)).to(self.runtime.dtype)
@@ -316,7 +318,7 @@ class MosaicKD:
             parts.append(self.generator(self.sample_noise()).to(self.runtime.dtype))
             self.budget.images += settings.batch_size
         if self.images is not None:
-            real, _ = self.images.batch(self.shown(self.budget.student_updates).to(self.runtime.device))
+            real, _ = self.images.batch(self.shown(self.budget.student_updates))
             real = crop_flip(real, pad=settings.pad, flip=settings.flip, generator=self.augmentation)
             parts.append(real.to(self.runtime.dtype))
         return parts

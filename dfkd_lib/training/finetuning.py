@@ -77,7 +77,7 @@ class FineTuning:
             groups.append({"params": head, "weight_decay": 0.0, "scale": recipe.lr_head / recipe.lr})
         self.optimizer = torch.optim.AdamW(groups, recipe.lr)
         self.scaler = runtime.scaler()
-        self.batches = minibatches(len(sentences), recipe.batch_size, seed=runtime.seed)
+        self.batches = minibatches(len(sentences), recipe.batch_size, seed=runtime.seed, device=runtime.device)
         self.n_steps = n_steps or recipe.epochs * max(1, len(sentences) // recipe.batch_size)
         self.randomness = runtime.stream("fine-tuning")
         self.steps = 0
@@ -88,7 +88,7 @@ class FineTuning:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("scale", 1.0)
         seed_dropout(self.runtime.seed, self.steps)
-        ids, mask, y = self.sentences.batch(self.batches(self.steps).to(self.runtime.device))
+        ids, mask, y = self.sentences.batch(self.batches(self.steps))
         ids = self.hide(ids, mask)
         with self.runtime.autocast():
             attended = key_mask(mask if self.sentences.padded else None, self.runtime.dtype)
