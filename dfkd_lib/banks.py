@@ -88,6 +88,7 @@ class Bank:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` took."""
+        self.rows = self.rows[:0]  # and reserve what the other bank had: samples depend on it
         self.appended = state["appended"] - len(state["rows"])
         self.append(state["rows"])
 

@@ -125,6 +125,15 @@ def test_a_restored_bank_goes_on_like_the_old_one(tmp_path, appended):
     assert torch.equal(new.draw(3, seeded()), old.draw(3, seeded()))
 
 
+def test_a_restored_bank_samples_alike_whatever_it_held_before():
+    old, new = filled(50, 3), filled(50, 40)
+    new.load_state_dict(old.state_dict())
+    one, other = seeded(), seeded()
+    for _ in range(2):
+        assert torch.equal(new.sample(2, one), old.sample(2, other))
+    assert torch.equal(new.newest(50), old.newest(50))
+
+
 def test_an_unfilled_bank_stores_only_its_rows():
     assert filled(5, 2).state_dict()["rows"].shape == (2, 1)
 

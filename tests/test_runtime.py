@@ -80,3 +80,17 @@ def test_importing_the_library_needs_no_jupyter_and_loads_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_network_is_distilled_without_jupyter_matplotlib_or_pandas():
+    hidden = ["IPython", "ipykernel", "jupyter_client", "nbformat", "nbclient", "papermill", "matplotlib", "pandas"]
+    code = (
+        f"import sys\nfor name in {hidden!r}: sys.modules[name] = None\n"
+        "import dfkd_lib\nfrom torch import nn\n"
+        "net = lambda w: nn.Sequential(nn.Conv2d(1, w, 3), nn.BatchNorm2d(w), nn.Flatten(), nn.Linear(36 * w, 10))\n"
+        "done = dfkd_lib.distill(net(4).eval(), net(2), 'dfad', image_shape=(1, 8, 8), num_classes=10, n_updates=2,\n"
+        "                        batch_size=4, device='cpu', precision='float32', progress=False)\n"
+        "print(done.budget.student_updates)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "2", done.stderr
