@@ -30,7 +30,8 @@ VARIANTS = [
     "fast, reptile", "nayer, noisy layers that stay", "cmi, without contrast", "kd", "supervised",
 ]  # fmt: skip
 UNUSED = {"random": {"generation"}, "zskt, fresh noise": {"lecture"}}
-LONGER = {"inner_steps": 3, "g_steps": 3, "memory_size": 16, "negatives": 8}  # so that each kind of update is recorded and replayed
+# So that each kind of update is recorded and replayed.
+LONGER = {"inner_steps": 3, "g_steps": 3, "memory_size": 16, "negatives": 8}
 
 
 @pytest.fixture
