@@ -28,7 +28,7 @@ from torch import nn
 from dfkd_lib import data, distillers, models
 from dfkd_lib.data import ImageSet
 from dfkd_lib.distillers import DataFreeMethod
-from dfkd_lib.errors import DFKDError
+from dfkd_lib.errors import DFKDError, InputError
 from dfkd_lib.files import write_json
 from dfkd_lib.measures.evaluation import accuracy
 from dfkd_lib.methods.dfad import DFAD
@@ -420,7 +420,7 @@ def note_teacher(chapter: Chapter, teacher: Teacher) -> None:
 
 
 def main() -> int:
-    """Parse the command line and run the trial; 0 also when the deadline ended it."""
+    """Parse the command line and run the trial; 0 also when the deadline ended it, 2 for what cannot be asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0)
     parser.add_argument("--device", default="auto")
@@ -447,7 +447,7 @@ def main() -> int:
         print("the time is up; --resume goes on")
     except DFKDError as e:
         print(f"gpu_trial: error: {e}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(e, InputError) else 1
     return 0
 
 

@@ -60,7 +60,7 @@ class _Moments(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         full = _full(x)
         if x.device.type == "cpu" and (x.dtype != full or x.is_contiguous()):
-            ignored = torch.zeros(2, x.shape[1], dtype=full)
+            ignored = torch.zeros(2, x.shape[1], dtype=full, device=x.device)
             mean, variance = torch.batch_norm_update_stats(x, ignored[0], ignored[1], 0.0)
         elif x.device.type == "cuda" and full == torch.float32 and x.ndim > 2:
             mean, inverse_std = torch.batch_norm_stats(x, _NOTHING)  # one kernel over x as it is

@@ -206,7 +206,8 @@ class TextDistiller(ABC):
             if settings.replay:
                 tensors = {name: part for name, part in vars(made).items() if part is not None}
                 self.kept = [*self.kept[-(settings.memory - 1) :], tensors | batch]
-                for at in torch.randint(len(self.kept), (settings.replay,), generator=self.choices).tolist():
+                chosen = torch.randint(len(self.kept), (settings.replay,), generator=self.choices, device="cpu")
+                for at in chosen.tolist():
                     old = self.kept[at]
                     self.learn(Sentences(old["e"], old.get("mask"), old["free"]), old)
         self.steps += 1

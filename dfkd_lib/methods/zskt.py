@@ -250,7 +250,7 @@ def attended(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 
     The maps stand in the order of `layers`, whichever is visited first; of a layer not visited, [0, 0].
     """
-    maps = [torch.empty(0, 0)] * len(layers)
+    maps = [torch.empty(0, 0, device="cpu")] * len(layers)
 
     def note(at: int, module: nn.Module, inputs: Any, output: Tensor) -> None:
         if output.ndim != 4:
