@@ -1,16 +1,14 @@
-"""What a person says beside the networks, fit to use or refused: the shape of images, test images, a folder."""
+"""What a person says beside the networks, fit to use or refused: the shape of images, their statistics, test images."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .data import ImageSet
-from .errors import InputError, first_line
+from .errors import InputError
 from .models import Normalize
 from .settings import typed
 
@@ -95,22 +93,3 @@ def labelled_images(
     if test.labels.min() < 0 or test.labels.max() >= n_classes:
         raise InputError(f"the test labels must lie in 0..{n_classes - 1}, as the teacher has {n_classes} classes")
     return test
-
-
-def folder(out: str | Path) -> Path:
-    """The folder, made if it is not there.
-
-    Raises:
-        InputError: it cannot be one that can be written to: a file, a place below a file, read-only, no path at all.
-    """
-    try:
-        if not os.fspath(out):
-            raise ValueError("an empty path")
-        path = Path(out).expanduser().resolve()
-        path.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError, TypeError, ValueError) as e:
-        reason = e.strerror if isinstance(e, OSError) and e.strerror else first_line(e)
-        raise InputError(f"out={out!r} cannot be a folder: {reason}") from e
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise InputError(f"out={str(out)!r} cannot be written to; choose another folder")
-    return path

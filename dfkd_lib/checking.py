@@ -7,7 +7,6 @@ so what is examined is a copy, see :mod:`dfkd_lib.lending`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from .errors import InputError, first_line
 from .lending import copied
-from .runtime import Runtime
+from .runtime import Runtime, random_state_kept
 from .taps import tapped
 from .training.modes import evaluating, in_eval_mode, still
 
@@ -96,7 +95,7 @@ def n_logits(network: nn.Module, image_shape: Sequence[int], runtime: Runtime, w
     Raises:
         InputError: the network fails on images of this shape, or does not return finite logits [B, K], K >= 2.
     """
-    with evaluating(network), _random_state_kept(runtime):
+    with evaluating(network), random_state_kept(runtime.device):
         return _logits(network, _images(image_shape, runtime)[:2], runtime, who).shape[1]
 
 
@@ -113,7 +112,7 @@ def examine_teacher(
             training mode, or gives no gradient where one is needed.
     """
     x = _images(image_shape, runtime)
-    with still(teacher), _random_state_kept(runtime):
+    with still(teacher), random_state_kept(runtime.device):
         given = x.clone()
         logits = _logits(teacher, given, runtime, "teacher").float()
         overwrites = _changed(given, x)
@@ -125,7 +124,7 @@ def examine_teacher(
     if not over_images > 0:
         raise InputError("the teacher's logits are the same for all images, noisy, dark and bright; check its weights")
     if gradient:
-        with in_eval_mode(teacher), _random_state_kept(runtime):
+        with in_eval_mode(teacher), random_state_kept(runtime.device):
             _check_image_gradient(teacher, x, runtime)
     warnings = []
     if not torch.allclose(logits, again, rtol=1e-2, atol=1e-3):
@@ -148,7 +147,7 @@ def examine_student(student: nn.Module, image_shape: Sequence[int], runtime: Run
     probe = copied(student, "student")
     probe.train()  # whose own may return nothing
     x = _images(image_shape, runtime)
-    with _random_state_kept(runtime):
+    with random_state_kept(runtime.device):
         with still(student):
             given = x.clone()
             _logits(student, given, runtime, "student")
@@ -172,7 +171,7 @@ def check_visits(teacher: nn.Module, layers: Sequence[nn.Module], image_shape: S
     """
     if not layers:
         return
-    with still(teacher), runtime.autocast(), _random_state_kept(runtime), tapped(layers) as seen:
+    with still(teacher), runtime.autocast(), random_state_kept(runtime.device), tapped(layers) as seen:
         teacher(_images(image_shape, runtime))
     if not seen:
         raise InputError(
@@ -246,7 +245,3 @@ def _logits(network: nn.Module, x: Tensor, runtime: Runtime, who: str, when: str
     if not torch.isfinite(logits).all():
         raise InputError(f"the {who} returns NaN or infinite logits{when}; check its weights")
     return logits
-
-
-def _random_state_kept(runtime: Runtime) -> AbstractContextManager[None]:
-    return torch.random.fork_rng([runtime.device] if runtime.device.type == "cuda" else [])

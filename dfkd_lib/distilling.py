@@ -6,8 +6,8 @@ import hashlib
 import json
 import math
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,12 +21,12 @@ from . import arguments, checking, lending, records
 from .data import ImageSet
 from .distillers import DataFreeMethod, build, n_calls, settings_for
 from .errors import DFKDError, InputError, unknown
-from .files import lock
+from .files import lock, output_folder
 from .measures.evaluation import accuracy
 from .methods.diagnosis import without_classes
 from .methods.distiller import BankDistiller
 from .models import count_parameters
-from .runtime import Runtime, hardware
+from .runtime import Runtime, hardware, random_state_kept
 from .settings import typed
 from .training.budget import Budget
 from .training.fit import Fit, fit, resumed
@@ -156,8 +156,8 @@ def distill(
         raise unknown("layout", layout, _LAYOUTS)
     statistics = arguments.statistics_of_images(mean, std, shape[0], teacher, student)
     test_set = None if test is None else arguments.labelled_images(test, shape, num_classes)
-    folder = None if out is None else arguments.folder(out)
-    with _global_random_state_kept(where), torch.inference_mode(False), torch.enable_grad(), ExitStack() as held:
+    folder = None if out is None else output_folder(out)
+    with random_state_kept(where), torch.inference_mode(False), torch.enable_grad(), ExitStack() as held:
         runtime = Runtime.choose(where, precision, seed=seed, channels_last=_LAYOUTS[layout])
         asks_gradient = getattr(chosen, "generator_steps", 1) > 0
         try:
@@ -311,7 +311,7 @@ def _large_bank(method: DataFreeMethod) -> list[str]:
     if not isinstance(method, BankDistiller):
         return []
     settings: Any = method.settings  # type: ignore[attr-defined]
-    images = min(settings.bank_size, n_calls(method) * method.newest_call)
+    images = min(settings.bank_size, n_calls(method) * method.images_per_call)
     need = images * math.prod(method.image_shape)
     line = f"the image bank will take {need / 1e9:.1f} GB for {images:,} images; a smaller bank_size keeps fewer"
     return [line] if need >= _LARGE_BANK else []
@@ -341,16 +341,3 @@ def _digest(asked: dict[str, Any], teacher: nn.Module, student: nn.Module) -> st
 def _plain(value: Any) -> Any:
     """A setting as JSON knows it: no infinity, which stands for "no limit"."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-@contextmanager
-def _global_random_state_kept(device: str) -> Iterator[None]:
-    states = [(torch.get_rng_state, torch.set_rng_state)]
-    if torch.cuda.is_initialized() or (device != "cpu" and torch.cuda.is_available()):
-        states.append((torch.cuda.get_rng_state, torch.cuda.set_rng_state))
-    before = [take() for take, _ in states]
-    try:
-        yield
-    finally:
-        for (_, put), state in zip(states, before, strict=True):
-            put(state)

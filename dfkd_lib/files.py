@@ -134,11 +134,13 @@ def output_folder(path: Path | str) -> Path:
         InputError: there can be no such folder, or this user cannot write to it.
     """
     try:
+        if not os.fspath(path):
+            raise ValueError("its path is empty")
         folder = Path(path).expanduser().resolve()
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except (OSError, RuntimeError, ValueError) as e:
+    except (OSError, RuntimeError, TypeError, ValueError) as e:
         why = e.strerror if isinstance(e, OSError) else e
         raise InputError(f"cannot write into folder {str(path)[:200]}: {why}; choose another") from e
     return folder

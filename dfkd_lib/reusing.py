@@ -9,7 +9,7 @@ import copy
 import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -26,7 +26,7 @@ from .methods.amalgamation import Amalgam, FeatureTerm, Tasks
 from .methods.grafting import NetGraft
 from .models import Normalize
 from .models.chains import STEM, Blocks, cut
-from .runtime import Runtime
+from .runtime import Runtime, random_state_kept
 from .settings import made, typed
 from .training.fit import fit
 from .training.players import freeze
@@ -82,7 +82,7 @@ def graft(
         raise InputError("teacher and student are the same network; give the student its own")
     cuts = {"teacher": at, "student": at if at_student is None else at_student}
     cuts = {who: typed(f"the cuts of the {who}", places, tuple[str, ...]) for who, places in cuts.items()}
-    with _random_state_kept():
+    with random_state_kept(getattr(runtime, "device", "auto")):
         runtime = _chosen(runtime)
         pair = {"teacher": freeze(_whole(teacher, "teacher", shared=True)), "student": _whole(student, "student")}
         normalize = _normalize(mean, std, images, runtime, *pair.values())
@@ -157,7 +157,7 @@ def amalgamate(
         raise InputError("the student is one of the teachers; give the student its own network")
     if term is not None and not isinstance(term, FeatureTerm):
         raise InputError(f"term must be a FeatureTerm, such as CommonSpace.between makes, not a {type(term).__name__}")
-    with _random_state_kept():
+    with random_state_kept(getattr(runtime, "device", "auto")):
         runtime = _chosen(runtime)
         lent = []
         for t, teacher in enumerate(teachers, 1):
@@ -197,11 +197,6 @@ def _chosen(runtime: Runtime | None) -> Runtime:
     runtime = runtime or Runtime.choose(channels_last=False)
     torch.manual_seed(runtime.seed)  # first weights of adapters, dropout
     return runtime
-
-
-def _random_state_kept() -> AbstractContextManager[None]:
-    """CUDA's too where it is in use; to ask for it would start it."""
-    return torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else [])
 
 
 def _check_images(images: ImageSet) -> None:

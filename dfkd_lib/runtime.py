@@ -137,6 +137,16 @@ class Runtime:
         return f"{self.device} ({hardware}), {self.precision}, {layout}{how}, seed {self.seed}"
 
 
+def random_state_kept(device: str | torch.device = "auto") -> contextlib.AbstractContextManager[None]:
+    """What torch's global random states were at the beginning they are again at the end.
+
+    Args:
+        device: on which the work in between is done. CUDA's states are kept if that may be CUDA, or CUDA is in use.
+    """
+    cuda = torch.cuda.is_initialized() or (str(device).startswith(("auto", "cuda")) and torch.cuda.is_available())
+    return torch.random.fork_rng(range(torch.cuda.device_count()) if cuda else [])
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
         if torch.cuda.is_available():

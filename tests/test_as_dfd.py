@@ -198,7 +198,7 @@ def test_the_student_s_loss_is_the_sum_of_its_terms(float64, monkeypatch):
     understood = ss_by_hand(made, sentences, hidden_next(made, sentences.free))
     by_hand = kl_by_hand(s.logits, t.logits, 3.0) + 0.7 * understood + 0.3 * patient
     found = []
-    monkeypatch.setattr(text_distiller, "clipped_update", lambda optimizer, loss, scaler: found.append(float(loss)))
+    monkeypatch.setattr(text_distiller, "update", lambda optimizer, loss, scaler, clip: found.append(float(loss)))
     made.learn(sentences, made.ask(sentences))
     assert found == [pytest.approx(float(by_hand), rel=1e-9)]
 
@@ -212,7 +212,7 @@ def test_zskd_and_zskt_descend_on_their_own_losses(float64, monkeypatch):
     made = ModifiedZSKT(*of_two_minds(), VOCABULARY, SMALL, float64)
     drawn, found = [], []
     monkeypatch.setattr(made, "sample", lambda sample=made.sample: drawn.append(sample()) or drawn[-1])
-    monkeypatch.setattr(as_dfd_baselines, "clipped_update", lambda optimizer, loss, scaler: found.append(float(loss)))
+    monkeypatch.setattr(as_dfd_baselines, "update", lambda optimizer, loss, scaler, clip: found.append(float(loss)))
     made.construct()
     rows = {"inputs_embeds": drawn[0].e, "attention_mask": drawn[0].mask}
     by_hand = -kl_by_hand(made.student(**rows).logits, made.teacher(**rows).logits)

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from dfkd_lib import data, losses, models
 from dfkd_lib.errors import InputError
 from dfkd_lib.measures.evaluation import accuracy
-from dfkd_lib.methods.zskt import PRESETS, ZSKT, Settings, attended, attention_loss, clipped_update, generation_loss
+from dfkd_lib.methods.zskt import PRESETS, ZSKT, Settings, attended, attention_loss, generation_loss
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.teachers import RECIPES, train_or_load
 from dfkd_lib.training.fit import fit
+from dfkd_lib.training.players import update
 
 # The authors' game with plain optimisers, so that its parts can be compared with what they should be.
 SMALL = {
@@ -134,7 +135,7 @@ def test_clipping_keeps_the_direction_and_leaves_short_gradients_alone(float64):
     for clip in (0.1, 10.0, math.inf):
         weight = torch.nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
         optimizer = torch.optim.SGD([weight], 1.0)
-        clipped_update(optimizer, weight.square().sum() / 2, float64.scaler(), [weight], clip)
+        update(optimizer, weight.square().sum() / 2, float64.scaler(), clip)
         factor = 1 - min(1.0, clip / 5)
         assert torch.allclose(weight, factor * torch.tensor([3.0, 4.0], dtype=torch.float64), atol=1e-5)
 

@@ -26,7 +26,7 @@ from ..errors import InputError, first_line, unknown
 from ..losses import kl
 from ..runtime import Runtime
 from ..training.modes import still
-from ..training.players import adam, check_positive, freeze, restore_state, state_of
+from ..training.players import Resumable, adam, check_positive, freeze
 from ..training.schedules import cosine, set_lr
 
 
@@ -249,14 +249,14 @@ def descend(loss: Tensor, optimizers: Sequence[tuple[Optimizer, float]], scaler:
     scaler.update()
 
 
-class Amalgam:
+class Amalgam(Resumable):
     """A student learns the union of its teachers, from soft targets and, where given, from a feature term.
 
     Without a term this is plain distillation on concatenated logits.
     """
 
     data_free: ClassVar[bool] = False
-    PARTS = ("student", "optimizer", "scaler", "randomness", "steps")
+    PARTS: tuple[str, ...] = ("student", "optimizer", "scaler", "randomness", "steps")
 
     def __init__(
         self,
@@ -279,14 +279,13 @@ class Amalgam:
         for t in range(len(teachers)):
             tasks.places(t, x.device)  # brought there now, not in the first step
         self.optimizer, self.scaler, self.steps = adam(self.student, settings.lr), runtime.scaler(), 0
-        self.parts: tuple[str, ...] = self.PARTS
         self.term = None if term is None else runtime.prepare(term).train()
         self.places: list[list[str]] = (
             [[] for _ in range(len(teachers) + 1)] if term is None else [list(p) for p in term.places]
         )
         if self.term is not None:
             self.term_optimizer = adam(self.term, settings.lr_term)
-            self.parts += ("term", "term_optimizer")
+            self.PARTS += ("term", "term_optimizer")
             self._must_fit(self.term, x)
 
     def _must_fit(self, term: FeatureTerm, x: Tensor) -> None:
@@ -321,14 +320,6 @@ class Amalgam:
         descend(loss, optimizers, self.scaler)
         self.steps += 1
         return {name: value.detach() for name, value in ({"soft targets": soft} | terms).items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        """See :class:`dfkd_lib.training.fit.Method`."""
-        return state_of(self, self.parts)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`dfkd_lib.training.fit.Method`."""
-        restore_state(self, self.parts, state)
 
 
 def must_fit(teachers: Sequence[nn.Module], student: nn.Module, tasks: Tasks, x: Tensor) -> None:

@@ -15,9 +15,9 @@ from ..data import minibatches
 from ..data.sentences import SentenceSet, Vocabulary
 from ..losses import kl
 from ..runtime import Runtime
-from ..training.finetuning import clipped_update
+from ..training.finetuning import CLIP
 from ..training.modes import in_eval_mode
-from ..training.players import adam, no_weight_gradients
+from ..training.players import adam, no_weight_gradients, update
 from .as_dfd import ASDFD, Settings, dirichlet, guess_loss
 from .text_distiller import Distillation, Sentences, TextDistiller, look
 
@@ -123,7 +123,7 @@ class ModifiedZSKT(TextDistiller):
     A generator makes the free rows; once in ten batches it takes a step that raises KL(T || S).
     """
 
-    PARTS: ClassVar[tuple[str, ...]] = (*TextDistiller.PARTS, "generator", "generator_optimizer", "generator_scaler")
+    PARTS: tuple[str, ...] = (*TextDistiller.PARTS, "generator", "generator_optimizer", "generator_scaler")
 
     def __init__(
         self, teacher: Any, student: Any, vocabulary: Vocabulary, settings: Distillation, runtime: Runtime
@@ -143,7 +143,7 @@ class ModifiedZSKT(TextDistiller):
                 fooled = self.sample()
                 self.budget.teacher_passes += len(fooled.e)
                 disagreement = kl(look(self.student, fooled)[0], look(self.teacher, fooled)[0])
-            clipped_update(self.generator_optimizer, -disagreement, self.generator_scaler)
+            update(self.generator_optimizer, -disagreement, self.generator_scaler, clip=CLIP)
             metrics["disagreement"] = disagreement.detach()
         with torch.no_grad(), self.runtime.autocast():
             return self.sample(), metrics

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from ..data import resized_crop_flip
 from ..errors import InputError
 from ..runtime import Runtime
 from ..taps import Seen, batch_norm_layers, tapped
-from ..training.players import adam, check_positive, recordable, restore_state, start_anew, state_of
+from ..training.players import Resumable, adam, check_positive, recordable, start_anew
 from ..training.replay import Replay
 from .distiller import BankDistiller, Distillation
 from .inversion import Best, batch_norm_loss, check_bn_scale
@@ -167,7 +167,7 @@ def features(seen: Sequence[Seen]) -> Tensor:
     return torch.cat([visit.instance_means() for visit in seen], 1)
 
 
-class Discriminator:
+class Discriminator(Resumable):
     """Tells images apart: a projection head h with its own optimiser, and the features of the images stored.
 
     Unlike the generator it lives through the whole run.
@@ -177,7 +177,7 @@ class Discriminator:
         noise: the random stream that negatives are drawn from.
     """
 
-    PARTS = ("head", "optimizer", "memory")
+    PARTS: tuple[str, ...] = ("head", "optimizer", "memory")
 
     def __init__(self, n_features: int, settings: Settings, runtime: Runtime, noise: torch.Generator) -> None:
         self.settings, self.runtime, self.noise = settings, runtime, noise
@@ -209,14 +209,6 @@ class Discriminator:
             keys = self.project(torch.cat([whole, stored[:, 1]]))
         return losses.instance_discrimination(queries, keys, len(local), self.settings.cr_temperature)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Head, optimiser and memory."""
-        return state_of(self, self.PARTS)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` took."""
-        restore_state(self, self.PARTS, state)
-
 
 class CMI(BankDistiller):
     """Inversion with a memory of what was already inverted; see :class:`~.distiller.Distiller`.
@@ -226,7 +218,7 @@ class CMI(BankDistiller):
         trace: the weighted terms of every inner step of the last call, detached scalars on the device.
     """
 
-    PARTS: ClassVar[tuple[str, ...]] = (*BankDistiller.PARTS, "discriminator", "synthesis_scaler")
+    PARTS: tuple[str, ...] = (*BankDistiller.PARTS, "discriminator", "synthesis_scaler")
 
     def __init__(
         self, teacher: nn.Module, student: nn.Module, image_shape: Sequence[int], settings: Settings, runtime: Runtime

@@ -23,7 +23,7 @@ from ..models.adapters import adapter, affine, set_affine
 from ..models.chains import Chain
 from ..runtime import Runtime
 from ..training.modes import still
-from ..training.players import adam, freeze, restore_state, state_of, update
+from ..training.players import Resumable, adam, freeze, update
 from ..training.schedules import cosine, set_lr
 from .amalgamation import FeatureTerm, Settings, Tasks, Views, features_at, must_fit, union
 from .feature_amalgamation import Code, stack
@@ -59,7 +59,7 @@ def least_squares(layer: nn.Conv2d | nn.Linear, x: Tensor, y: Tensor) -> float:
     return float((a @ solution - b).square().mean())
 
 
-class Layerwise:
+class Layerwise(Resumable):
     """Layer-wise parameter learning: every layer of the student for itself, all of them at once.
 
     conv_l learns mean ||conv_l(rho_{l-1}(Phi_{l-1}(F_a^{l-1}))) - F_a^l||^2 from the *amalgamated* feature of the
@@ -74,7 +74,7 @@ class Layerwise:
     """
 
     data_free: ClassVar[bool] = False
-    PARTS = ("student", "fams", "optimizer", "scaler", "randomness", "steps")
+    PARTS: tuple[str, ...] = ("student", "fams", "optimizer", "scaler", "randomness", "steps")
 
     def __init__(
         self,
@@ -155,14 +155,6 @@ class Layerwise:
             if not isinstance(fam, nn.Identity):
                 layer.linear[0] = merge(layer.linear[0], fam)
         return student
-
-    def state_dict(self) -> dict[str, Any]:
-        """See :class:`dfkd_lib.training.fit.Method`."""
-        return state_of(self, self.PARTS)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`dfkd_lib.training.fit.Method`."""
-        restore_state(self, self.PARTS, state)
 
 
 class Joint(FeatureTerm):

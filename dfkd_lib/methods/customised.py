@@ -22,7 +22,7 @@ from ..errors import InputError
 from ..models.adapters import adapter
 from ..runtime import Runtime
 from ..training.modes import still
-from ..training.players import adam, freeze, restore_state, state_of
+from ..training.players import Resumable, adam, freeze
 from ..training.schedules import cosine
 from .amalgamation import Settings, Views, descend, look
 from .ensembles import least_ambiguous, predict
@@ -102,7 +102,7 @@ class Bridges(nn.Module):
         return torch.stack([unit_norm(b) for b in self.source] or [self.mu.new_zeros(())]).sum()
 
 
-class Adaptive:
+class Adaptive(Resumable):
     """One student regresses the features and logits of several sources: either stage of the amalgamation.
 
     Component: each source has its own images, and a share of each batch in proportion; `two_sided` bridges and the
@@ -116,7 +116,7 @@ class Adaptive:
     """
 
     data_free: ClassVar[bool] = False
-    PARTS = ("student", "bridges", "optimizer", "bridge_optimizer", "scaler", "steps")
+    PARTS: tuple[str, ...] = ("student", "bridges", "optimizer", "bridge_optimizer", "scaler", "steps")
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class Adaptive:
         self.shares = [slice(None)] * len(sources) if shared else [slice(*ends[t : t + 2]) for t in range(len(sources))]
         for i, view in enumerate(self.views):
             setattr(self, f"randomness_{i}", view.randomness)
-        self.parts = (*self.PARTS, *(f"randomness_{i}" for i in range(len(self.views))))
+        self.PARTS = (*self.PARTS, *(f"randomness_{i}" for i in range(len(self.views))))
         channels = self._channels(runtime.images(images.batch(range(2))[0]))
         self.bridges = nn.ModuleList(Bridges(channels[0], c, two_sided=two_sided) for c in channels[1:])
         self.bridges = runtime.prepare(self.bridges).train()
@@ -206,11 +206,3 @@ class Adaptive:
         descend(loss, rates, self.scaler)
         self.steps += 1
         return {name: value.detach() for name, value in terms.items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        """See :class:`dfkd_lib.training.fit.Method`."""
-        return state_of(self, self.parts)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`dfkd_lib.training.fit.Method`."""
-        restore_state(self, self.parts, state)

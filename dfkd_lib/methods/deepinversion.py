@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +126,7 @@ class DeepInversion(BankDistiller):
         InputError: the teacher has no batch norm.
     """
 
-    PARTS: ClassVar[tuple[str, ...]] = (*BankDistiller.PARTS, "pixel_scaler")
+    PARTS: tuple[str, ...] = (*BankDistiller.PARTS, "pixel_scaler")
 
     def __init__(
         self, teacher: nn.Module, student: nn.Module, image_shape: Sequence[int], settings: Settings, runtime: Runtime
@@ -146,7 +146,7 @@ class DeepInversion(BankDistiller):
 
     @property
     def newest_call(self) -> int:
-        """How many images one synthesis call stores."""
+        """See :attr:`BankDistiller.newest_call`."""
         return self.settings.synthesis_batch
 
     def synthesize(self) -> dict[str, Tensor]:

@@ -27,15 +27,14 @@ from ..runtime import Runtime
 from ..training.budget import Budget
 from ..training.modes import evaluating
 from ..training.players import (
+    Resumable,
     adam,
     check_positive,
     freeze,
     in_compute_type,
     no_weight_gradients,
     recordable,
-    restore_state,
     sgd,
-    state_of,
     update,
 )
 from ..training.replay import Replay
@@ -124,7 +123,7 @@ def generation_loss(student: Tensor, teacher: Tensor, settings: Settings) -> Ten
     return -log_compressed(discrepancy) if settings.log_generator_loss else -discrepancy
 
 
-class DFAD:
+class DFAD(Resumable):
     """The game, one outer iteration per :meth:`step`.
 
     Args:
@@ -139,7 +138,7 @@ class DFAD:
     """
 
     data_free: ClassVar[bool] = True
-    PARTS = (
+    PARTS: tuple[str, ...] = (
         "student",
         "generator",
         "student_optimizer",
@@ -280,14 +279,6 @@ class DFAD:
             x = copy.deepcopy(self.generator)(z)[:n]
             opinions = {"teacher": self.teacher(x).argmax(1), "student": self.student(x).argmax(1)}
         return {"images": x.to(self.runtime.dtype), **opinions}
-
-    def state_dict(self) -> dict[str, Any]:
-        """See :class:`dfkd_lib.training.fit.Method`."""
-        return state_of(self, self.PARTS)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`dfkd_lib.training.fit.Method`."""
-        restore_state(self, self.PARTS, state)
 
 
 def gradient_norms(

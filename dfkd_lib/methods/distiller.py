@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,15 +26,14 @@ from ..taps import Seen, tapped
 from ..training.budget import Budget
 from ..training.modes import evaluating
 from ..training.players import (
+    Resumable,
     adam,
     check_positive,
     freeze,
     in_compute_type,
     no_weight_gradients,
     recordable,
-    restore_state,
     sgd,
-    state_of,
     update,
 )
 from ..training.replay import Replay
@@ -73,7 +72,7 @@ class Distillation:
             raise InputError(f"batch_size must be at least 2 (batch normalisation), not {self.batch_size}")
 
 
-class Distiller(ABC):
+class Distiller(Resumable, ABC):
     """A data-free method, one outer iteration per :meth:`step`.
 
     A subclass implements :meth:`synthesize`, :meth:`sample` and :meth:`pictures`, and adds to `PARTS` what it
@@ -96,7 +95,7 @@ class Distiller(ABC):
     """
 
     data_free: ClassVar[bool] = True
-    PARTS: ClassVar[tuple[str, ...]] = (
+    PARTS: tuple[str, ...] = (
         "student",
         "student_optimizer",
         "student_scaler",
@@ -228,14 +227,6 @@ class Distiller(ABC):
             opinions = {"teacher": self.teacher(prepared).argmax(1), "student": self.student(prepared).argmax(1)}
         return {"images": x.to(self.runtime.dtype), **opinions}
 
-    def state_dict(self) -> dict[str, Any]:
-        """See :class:`dfkd_lib.training.fit.Method`."""
-        return state_of(self, self.PARTS)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`dfkd_lib.training.fit.Method`."""
-        restore_state(self, self.PARTS, state)
-
 
 class BankDistiller(Distiller):
     """A method that stores what it inverts and distils on random batches of the whole bank.
@@ -246,7 +237,7 @@ class BankDistiller(Distiller):
             to `pad` pixels, a mirror image for every second one.
     """
 
-    PARTS: ClassVar[tuple[str, ...]] = (*Distiller.PARTS, "bank")
+    PARTS: tuple[str, ...] = (*Distiller.PARTS, "bank")
 
     def __init__(
         self,
@@ -292,7 +283,12 @@ class BankDistiller(Distiller):
     @property
     @abstractmethod
     def newest_call(self) -> int:
+        """How many images were made together last, and are shown together."""
+
+    @property
+    def images_per_call(self) -> int:
         """How many images one synthesis call stores."""
+        return self.newest_call
 
 
 def student_optimizer(student: nn.Module, settings: Distillation) -> Optimizer:

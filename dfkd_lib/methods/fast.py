@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,7 +121,7 @@ class Fast(BankDistiller):
         InputError: the teacher has no batch norm, or the generator cannot make images of this shape.
     """
 
-    PARTS: ClassVar[tuple[str, ...]] = (
+    PARTS: tuple[str, ...] = (
         *BankDistiller.PARTS,
         "generator",
         "meta_optimizer",
@@ -177,7 +177,7 @@ class Fast(BankDistiller):
 
     @property
     def newest_call(self) -> int:
-        """How many images one synthesis call stores."""
+        """See :attr:`BankDistiller.newest_call`."""
         return self.settings.synthesis_batch
 
     def synthesize(self) -> dict[str, Tensor]:

@@ -6,7 +6,6 @@ import copy
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +56,7 @@ class GeneratorDistiller(Distiller):
         generator: noise [B, latent_dim] -> images in [0, 1], those of generator_a in and about it.
     """
 
-    PARTS: ClassVar[tuple[str, ...]] = (*Distiller.PARTS, "generator", "generator_optimizer", "generator_scaler")
+    PARTS: tuple[str, ...] = (*Distiller.PARTS, "generator", "generator_optimizer", "generator_scaler")
 
     def __init__(
         self,

@@ -28,7 +28,7 @@ from ..models.adapters import absorb, adapter, affine, compose
 from ..models.chains import STEM, Blocks, through
 from ..runtime import Runtime
 from ..training.modes import in_eval_mode, still
-from ..training.players import check_positive, freeze, restore_state, state_of, update
+from ..training.players import Resumable, check_positive, freeze, update
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ def schedule(names: Sequence[str], settings: Settings) -> list[Phase]:
     return alone + grown
 
 
-class NetGraft:
+class NetGraft(Resumable):
     """Block grafting, then network grafting: one update per :meth:`step`, one of :attr:`phases` after another.
 
     Attributes:
@@ -287,7 +287,7 @@ class NetGraft:
     """
 
     data_free: ClassVar[bool] = False
-    PARTS = ("steps", "scions", "optimizer", "scaler")
+    PARTS: tuple[str, ...] = ("steps", "scions", "optimizer", "scaler")
 
     def __init__(
         self, teacher: Blocks, scions: Sequence[Scion], views: Views, settings: Settings, runtime: Runtime
@@ -347,15 +347,11 @@ class NetGraft:
         phase, _ = self._phase_of(max(0, self.steps - 1))
         return [*self.teacher[: phase.start], *self.scions[phase.start : phase.stop], *self.teacher[phase.stop :]]
 
-    def state_dict(self) -> dict[str, Any]:
-        """See :class:`dfkd_lib.training.fit.Method`."""
-        return state_of(self, self.PARTS)
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :class:`dfkd_lib.training.fit.Method`."""
         if state["steps"]:
             self._enter(self._phase_of(state["steps"] - 1)[0])
-        restore_state(self, self.PARTS, state)
+        super().load_state_dict(state)
 
 
 def merge(stem: nn.Module, scions: Sequence[Scion], inputs: Tensor, *, naively: bool = False) -> nn.Sequential:

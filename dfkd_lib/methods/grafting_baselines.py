@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from ..errors import unknown
 from ..losses import cross_entropy, kl
 from ..models.chains import Blocks, through
 from ..runtime import Runtime
-from ..training.players import check_positive, freeze, restore_state, state_of, update
+from ..training.players import Resumable, check_positive, freeze, update
 from .grafting import Scion, Views, distance
 
 OBJECTIVES = ("grafting loss", "KD", "labels", "hints")
@@ -44,11 +44,11 @@ class WholeSettings:
             raise unknown("objective", self.objective, OBJECTIVES)
 
 
-class Whole:
+class Whole(Resumable):
     """The baselines: the same student behind the same stem, on the same views, all of its blocks at once."""
 
     data_free: ClassVar[bool] = False
-    PARTS = ("steps", "scions", "optimizer", "scaler")
+    PARTS: tuple[str, ...] = ("steps", "scions", "optimizer", "scaler")
 
     def __init__(
         self, teacher: Blocks, scions: Sequence[Scion], views: Views, settings: WholeSettings, runtime: Runtime
@@ -96,11 +96,3 @@ class Whole:
             guess = ours if scion.a_out is None else scion.a_out(ours)  # type: ignore[operator]
             losses.append(F.mse_loss(guess.to(dtype), x.to(dtype)))
         return torch.stack(losses).sum()
-
-    def state_dict(self) -> dict[str, Any]:
-        """See :class:`dfkd_lib.training.fit.Method`."""
-        return state_of(self, self.PARTS)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`dfkd_lib.training.fit.Method`."""
-        restore_state(self, self.PARTS, state)

@@ -15,7 +15,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from ..data import ImageSet
 from ..errors import InputError, unknown
 from ..runtime import Runtime
 from ..taps import last_linear
-from ..training.players import adam, check_positive, freeze, restore_state, state_of, update
+from ..training.players import Resumable, adam, check_positive, freeze, update
 from ..training.schedules import cosine, set_lr
 
 KINDS = ("full", "grid-N", "stat", "gram")
@@ -259,7 +259,7 @@ def active_stages(step: int, settings: Settings, n_stages: int) -> list[float]:
     return [0.0] * (n_stages - active) + [1.0] * active
 
 
-class Decoding:
+class Decoding(Resumable):
     """Descent from `start` towards images with the impressions `target`, one Adam step on all pixels per :meth:`step`.
 
     The images of a batch are independent problems. Of each, the iterate with the lowest loss over all stages is kept.
@@ -277,7 +277,7 @@ class Decoding:
     """
 
     data_free: ClassVar[bool] = False
-    PARTS = ("pixels", "optimizer", "scaler", "images", "loss", "steps")
+    PARTS: tuple[str, ...] = ("pixels", "optimizer", "scaler", "images", "loss", "steps")
 
     def __init__(
         self, template: Template, target: Impression, start: Tensor, settings: Settings, runtime: Runtime
@@ -327,14 +327,6 @@ class Decoding:
         better = loss < self.loss
         self.loss = torch.where(better, loss, self.loss)
         self.images = torch.where(better[:, None, None, None], x, self.images)
-
-    def state_dict(self) -> dict[str, Any]:
-        """See :class:`dfkd_lib.training.fit.Method`."""
-        return state_of(self, self.PARTS)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`dfkd_lib.training.fit.Method`."""
-        restore_state(self, self.PARTS, state)
 
 
 def decode(template: Template, target: Impression, start: Tensor, settings: Settings, runtime: Runtime) -> Decoding:

@@ -17,7 +17,7 @@ import copy
 import math
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from ..errors import InputError, unknown
 from ..runtime import Runtime
 from ..training.budget import Budget
 from ..training.modes import evaluating
-from ..training.players import adam, check_positive, freeze, no_weight_gradients, restore_state, sgd, state_of, update
+from ..training.players import Resumable, adam, check_positive, freeze, no_weight_gradients, sgd, update
 from ..training.schedules import cosine, set_lr
 
 REDUCTIONS = ("sum", "mean")
@@ -165,7 +165,7 @@ def adversarial_loss(student: Tensor, teacher: Tensor) -> Tensor:
     return -losses.kl(student, teacher)
 
 
-class MosaicKD:
+class MosaicKD(Resumable):
     """The four-player game, one outer iteration per :meth:`step`; a player that is None does not play.
 
     Args:
@@ -184,6 +184,9 @@ class MosaicKD:
     """
 
     data_free: ClassVar[bool] = False
+    PARTS: tuple[str, ...] = (
+        "student", "student_optimizer", "student_scaler", "noise", "augmentation", "steps", "budget",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -207,17 +210,16 @@ class MosaicKD:
         self.student_optimizer = sgd(self.student, settings.lr_student, settings.weight_decay, settings.momentum)
         self.student_scaler = runtime.scaler()
         self.noise, self.augmentation = runtime.stream("mosaickd noise"), runtime.stream("mosaickd augmentation")
-        self.parts = ["student", "student_optimizer", "student_scaler", "noise", "augmentation", "steps", "budget"]
         self.generator = None if generator is None else runtime.prepare(generator).train()
         if self.generator is not None:
             self.generator_optimizer = adam(self.generator, settings.lr_generator, (0.5, 0.999))
             self.generator_scaler = runtime.scaler()
-            self.parts += ["generator", "generator_optimizer", "generator_scaler"]
+            self.PARTS += ("generator", "generator_optimizer", "generator_scaler")
         self.discriminator = None if discriminator is None else runtime.prepare(discriminator).train()
         if self.discriminator is not None:
             self.discriminator_optimizer = adam(self.discriminator, settings.lr_discriminator, (0.5, 0.999))
             self.discriminator_scaler = runtime.scaler()
-            self.parts += ["discriminator", "discriminator_optimizer", "discriminator_scaler"]
+            self.PARTS += ("discriminator", "discriminator_optimizer", "discriminator_scaler")
         self.images = None if images is None else images.to(runtime.device)
         if images is not None:
             # Two orders of visiting: the discriminator's and the student's.
@@ -365,14 +367,6 @@ class MosaicKD:
             prepared = self.runtime.images(x)
             opinions = {"teacher": self.teacher(prepared).argmax(1), "student": self.student(prepared).argmax(1)}
         return {"images": x, **opinions}
-
-    def state_dict(self) -> dict[str, Any]:
-        """See :class:`dfkd_lib.training.fit.Method`."""
-        return state_of(self, tuple(self.parts))
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`dfkd_lib.training.fit.Method`."""
-        restore_state(self, tuple(self.parts), state)
 
 
 class DataFreeGame(MosaicKD):

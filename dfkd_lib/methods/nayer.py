@@ -16,7 +16,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -286,7 +286,7 @@ class NAYER(BankDistiller):
         curve: the unweighted terms at each inner step of the newest batch, [g_steps] each.
     """
 
-    PARTS: ClassVar[tuple[str, ...]] = (
+    PARTS: tuple[str, ...] = (
         *BankDistiller.PARTS,
         "generator",
         "embedding",
@@ -341,6 +341,12 @@ class NAYER(BankDistiller):
     def newest_call(self) -> int:
         """See :meth:`BankDistiller.newest_call`: the newest batch, in which class c is image c, C + c, ..."""
         return self.settings.synthesis_batch
+
+    @property
+    def images_per_call(self) -> int:
+        """See :meth:`BankDistiller.images_per_call`: those of all batches, the warm-up's where they are more."""
+        settings = self.settings
+        return settings.synthesis_batch * max(settings.batches, settings.batches_warmup if settings.warmup else 0)
 
     def renew(self) -> None:
         """Generator, embedding normalisation and noisy layers as new."""

@@ -20,8 +20,8 @@ from ..losses import kl
 from ..models.text import layers_of, word_table
 from ..runtime import Runtime
 from ..training.budget import Budget
-from ..training.finetuning import clipped_update, decayed, key_mask, seed_dropout
-from ..training.players import check_positive, freeze, restore_state, state_of
+from ..training.finetuning import CLIP, decayed, key_mask, seed_dropout
+from ..training.players import Resumable, check_positive, freeze, update
 from ..training.schedules import cosine, set_lr
 
 
@@ -128,7 +128,7 @@ def patient_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], kept:
     return torch.stack([d.square().sum(-1).mean() for d in distances]).sum()
 
 
-class TextDistiller(ABC):
+class TextDistiller(Resumable, ABC):
     """A source of sentences and a student that learns the teacher's answers to them.
 
     Args:
@@ -146,7 +146,7 @@ class TextDistiller(ABC):
     """
 
     data_free: ClassVar[bool] = True
-    PARTS: ClassVar[tuple[str, ...]] = (
+    PARTS: tuple[str, ...] = (
         "student", "head", "optimizer", "scaler", "randomness", "masks", "choices", "kept", "steps", "budget",
     )  # fmt: skip
 
@@ -237,7 +237,7 @@ class TextDistiller(ABC):
             if settings.lambda_pt:
                 kept = getattr(self.student.config, "kept_layers", list(range(len(layers_of(self.student)))))
                 loss = loss + settings.lambda_pt * patient_loss(states, tuple(answer["states"]), kept)
-        clipped_update(self.optimizer, loss, self.scaler)
+        update(self.optimizer, loss, self.scaler, clip=CLIP)
         self.budget.student_updates += 1
         return metrics
 
@@ -283,11 +283,7 @@ class TextDistiller(ABC):
         at = torch.randint(len(self.ordinary), shape, generator=self.randomness, device=self.runtime.device)
         return self.ordinary[at]
 
-    def state_dict(self) -> dict[str, Any]:
-        """See :class:`dfkd_lib.training.fit.Method`."""
-        return state_of(self, self.PARTS)
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See :class:`dfkd_lib.training.fit.Method`."""
-        restore_state(self, self.PARTS, state)
+        super().load_state_dict(state)
         self.kept = [{name: part.to(self.runtime.device) for name, part in batch.items()} for batch in self.kept]

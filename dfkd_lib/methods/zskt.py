@@ -11,7 +11,7 @@ attention maps a_l, where some layers of either network look, are optional.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,13 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from .. import losses
 from ..errors import InputError, unknown
 from ..runtime import Runtime
 from ..training.modes import evaluating
-from ..training.players import check_positive
+from ..training.players import check_positive, update
 from ..training.replay import Replay
 from ..training.schedules import set_lr
 from .generative import GenerativeSettings, GeneratorDistiller, check_weights
@@ -183,8 +182,7 @@ class ZSKT(GeneratorDistiller):
 
     def descend(self, loss: Tensor) -> None:
         """One clipped update of the generator."""
-        optimizer, scaler = self.generator_optimizer, self.generator_scaler
-        clipped_update(optimizer, loss, scaler, self.generator.parameters(), self.settings.clip)
+        update(self.generator_optimizer, loss, self.generator_scaler, self.settings.clip)
 
     def sample(self, n: int) -> Tensor:
         """See :meth:`GeneratorDistiller.sample`; with `same_z`, the images of the last z, as they are now."""
@@ -199,7 +197,7 @@ class ZSKT(GeneratorDistiller):
         loss = losses.kl(s, lesson.logits, settings.temperature)
         if attention:
             loss = loss + settings.beta * self.n_classes * attention_loss(attention, lesson.attention)
-        clipped_update(self.student_optimizer, loss, self.student_scaler, self.student.parameters(), settings.clip)
+        update(self.student_optimizer, loss, self.student_scaler, settings.clip)
         return loss.detach()
 
     def count_update(self) -> None:
@@ -230,18 +228,6 @@ class ZSKT(GeneratorDistiller):
                     f"attention layer {name!r} of the teacher sees {t.shape[1]} places and its partner in the "
                     f"student {s.shape[1]}; pair layers of one resolution that the networks use"
                 )
-
-
-def clipped_update(
-    optimizer: Optimizer, loss: Tensor, scaler: torch.amp.GradScaler, weights: Iterable[Tensor], clip: float
-) -> None:
-    """One descent step on `loss`, its gradient shortened to the norm `clip` if it is longer."""
-    optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_(weights, clip)
-    scaler.step(optimizer)
-    scaler.update()
 
 
 @contextmanager

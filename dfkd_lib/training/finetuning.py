@@ -13,8 +13,10 @@ from ..data import minibatches
 from ..data.sentences import SentenceSet
 from ..losses import cross_entropy
 from ..runtime import Runtime
-from .players import check_positive, restore_state, state_of
+from .players import Resumable, check_positive, update
 from .schedules import one_cycle
+
+CLIP = 1.0  # Euclidean norm to which longer gradients are shortened, as is usual for these networks
 
 
 def decayed(modules: Sequence[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
@@ -55,7 +57,7 @@ class Recipe:
         check_positive(self, "layers", "width", "heads", "epochs", "batch_size", "lr")
 
 
-class FineTuning:
+class FineTuning(Resumable):
     """Training on labelled sentences, one update per :meth:`step`: the teacher, or a student as a reference.
 
     Attributes:
@@ -63,7 +65,7 @@ class FineTuning:
     """
 
     data_free: ClassVar[bool] = False
-    PARTS = ("student", "optimizer", "scaler", "randomness", "steps")
+    PARTS: tuple[str, ...] = ("student", "optimizer", "scaler", "randomness", "steps")
 
     def __init__(
         self, student: Any, sentences: SentenceSet, recipe: Recipe, runtime: Runtime, n_steps: int = 0
@@ -94,7 +96,7 @@ class FineTuning:
             attended = key_mask(mask if self.sentences.padded else None, self.runtime.dtype)
             logits = self.student(input_ids=ids, attention_mask=attended).logits.to(self.runtime.dtype)
         loss = cross_entropy(logits, y)
-        clipped_update(self.optimizer, loss, self.scaler)
+        update(self.optimizer, loss, self.scaler, clip=CLIP)
         self.steps += 1
         return {"loss": loss.detach()}
 
@@ -105,28 +107,10 @@ class FineTuning:
         hidden[:, 0] = False
         return torch.where(hidden, self.sentences.vocabulary.mask, ids)
 
-    def state_dict(self) -> dict[str, Any]:
-        """See :class:`dfkd_lib.training.fit.Method`."""
-        return state_of(self, self.PARTS)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`dfkd_lib.training.fit.Method`."""
-        restore_state(self, self.PARTS, state)
-
 
 def seed_dropout(seed: int, step: int) -> None:
     """Dropout can only draw from torch's global stream: fix it per step, so that no earlier run matters."""
     torch.manual_seed(1_000_003 * seed + step)
-
-
-def clipped_update(optimizer: torch.optim.Optimizer, loss: Tensor, scaler: torch.amp.GradScaler) -> None:
-    """One descent step on `loss` with the gradient's norm cut to 1."""
-    optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
-    scaler.step(optimizer)
-    scaler.update()
 
 
 def key_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -7,7 +7,7 @@ The student imitates the teacher's logits on whatever images it is given: the te
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from ..data import ImageSet, crop_flip, minibatches, paired_crop_flip
 from ..errors import unknown
 from ..losses import IMITATION
 from ..runtime import Runtime
-from .players import check_positive, freeze, in_compute_type, recordable, restore_state, sgd, state_of, update
+from .players import Resumable, check_positive, freeze, in_compute_type, recordable, sgd, update
 from .replay import Replay
 from .schedules import drops, set_lr
 
@@ -50,11 +50,11 @@ class Settings:
             raise unknown("loss", self.loss, IMITATION)
 
 
-class KD:
+class KD(Resumable):
     """Distillation on a set of images, one student update per :meth:`step`."""
 
     data_free: ClassVar[bool] = False
-    PARTS = ("student", "optimizer", "scaler", "randomness", "steps")
+    PARTS: tuple[str, ...] = ("student", "optimizer", "scaler", "randomness", "steps")
 
     def __init__(
         self, teacher: nn.Module, student: nn.Module, images: ImageSet, settings: Settings, runtime: Runtime
@@ -93,11 +93,3 @@ class KD:
             loss = IMITATION[self.settings.loss](self.student(x).to(self.runtime.dtype), t)
         update(self.optimizer, loss, self.scaler)
         return loss.detach()
-
-    def state_dict(self) -> dict[str, Any]:
-        """See :class:`dfkd_lib.training.fit.Method`."""
-        return state_of(self, self.PARTS)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`dfkd_lib.training.fit.Method`."""
-        restore_state(self, self.PARTS, state)

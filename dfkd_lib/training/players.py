@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -88,10 +89,17 @@ def start_anew(optimizer: Optimizer) -> None:
                 value.zero_()
 
 
-def update(optimizer: Optimizer, loss: Tensor, scaler: torch.amp.GradScaler) -> None:
-    """One descent step on `loss`, with gradient scaling when the precision is float16."""
+def update(optimizer: Optimizer, loss: Tensor, scaler: torch.amp.GradScaler, clip: float = math.inf) -> None:
+    """One descent step on `loss`, with gradient scaling when the precision is float16.
+
+    Args:
+        clip: Euclidean norm, over all weights of the optimiser, to which a longer gradient is shortened.
+    """
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
+    if math.isfinite(clip):
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], clip)
     scaler.step(optimizer)
     scaler.update()
 
@@ -151,6 +159,25 @@ def _as_parameters_lie(optimizer: Optimizer) -> None:
         for key, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 state[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+class Resumable:
+    """What `fit` saves and restores of a method: the attributes that `PARTS` names.
+
+    Attributes:
+        PARTS: modules, optimisers and scalers, random streams, banks and anything else with a `state_dict`, tensors
+            and plain numbers.
+    """
+
+    PARTS: tuple[str, ...]
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :class:`~.fit.Method`."""
+        return state_of(self, self.PARTS)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See :class:`~.fit.Method`."""
+        restore_state(self, self.PARTS, state)
 
 
 def check_positive(settings: Any, *names: str) -> None:

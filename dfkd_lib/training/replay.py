@@ -36,8 +36,8 @@ class Replay:
     Args:
         work: takes nothing and returns tensors, nested in dicts or tuples, or one. It reads and writes tensors that
             outlive it, in place, and nothing else that changes from call to call: no Python number, no new tensor
-            under an old name. Learning rates are tensors (:func:`~.players.sgd`), batches lie in buffers.
-        runtime: which says whether to record, see :attr:`Runtime.recorder`.
+            under an old name. Learning rates are tensors (:func:`~.players.recordable`), batches lie in buffers.
+        runtime: which says whether to record, see :attr:`dfkd_lib.runtime.Runtime.graphs`.
         streams: the random generators that `work` draws from.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from ..data import ImageSet, crop_flip, minibatches, paired_crop_flip
 from ..errors import InputError, unknown
 from ..losses import cross_entropy, focal
 from ..runtime import Runtime
-from .players import check_positive, recordable, restore_state, sgd, state_of, update
+from .players import Resumable, check_positive, recordable, sgd, update
 from .replay import Replay
 from .schedules import cosine, drops, one_cycle, set_lr
 
@@ -56,7 +56,7 @@ class Recipe:
             raise unknown("loss", self.loss, ("cross-entropy", "focal"))
 
 
-class Supervised:
+class Supervised(Resumable):
     """Training on labels, one update per :meth:`step`.
 
     Attributes:
@@ -64,7 +64,7 @@ class Supervised:
     """
 
     data_free: ClassVar[bool] = False
-    PARTS = ("student", "optimizer", "scaler", "randomness", "steps")
+    PARTS: tuple[str, ...] = ("student", "optimizer", "scaler", "randomness", "steps")
 
     def __init__(self, student: nn.Module, images: ImageSet, recipe: Recipe, runtime: Runtime) -> None:
         if not images.n_classes:
@@ -115,11 +115,3 @@ class Supervised:
             loss = cross_entropy(logits, y, self.recipe.label_smoothing, self.void)
         update(self.optimizer, loss, self.scaler)
         return loss.detach()
-
-    def state_dict(self) -> dict[str, Any]:
-        """See :class:`dfkd_lib.training.fit.Method`."""
-        return state_of(self, self.PARTS)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """See :class:`dfkd_lib.training.fit.Method`."""
-        restore_state(self, self.PARTS, state)
