@@ -121,8 +121,9 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "mnist": _SMALL
     | {
-        "kd_steps": 250, "lr_head": 0.02, "latent_dim": 64, "ngf": 16, "synthesis_batch": 128,
-        "inner_steps": 60, "preinvert": 6, "head_dim": 64, "negatives": 512, "bank_size": 8192, "pad": 2, "flip": False,
+        "batch_size": 64, "kd_steps": 100, "lr_head": 0.02, "latent_dim": 64, "ngf": 16, "synthesis_batch": 64,
+        "inner_steps": 60, "preinvert": 4, "head_dim": 64, "negatives": 512, "bank_size": 8192, "pad": 2, "flip": False,
+        "bn": 10.0, "bn_scale": "relative",
     },
     # "scratch", 20 calls ahead so that the student does not overfit the first batches; half the inner steps, at
     # twice the rate, and half the calls.

@@ -72,12 +72,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "samples_in_eval": False,
     },
     "mnist": {
-        "batch_size": 128,
+        "batch_size": 64,
         "kd_steps": 5,
         "latent_dim": 100,
         "ngf": 16,
-        "lr_student": 0.1,
         "lr_generator": 3e-3,
+        "bn": 10.0,
+        "bn_scale": "relative",
         "samples_in_eval": False,
     },
     # Fewer student updates per call, so that 8,000 of them leave the generator 2,000 (the toolbox: 8,000).
