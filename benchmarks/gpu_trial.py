@@ -328,9 +328,12 @@ def distil(trial: Trial, chapter: Chapter, name: str, teacher: Teacher, test: Im
               f"{time.perf_counter() - start:.0f} s")  # fmt: skip
 
 
-def batch_norm_scale(trial: Trial, name: str, teacher: Teacher, test: ImageSet, n_calls: int = 20) -> str:
+def batch_norm_scale(
+    trial: Trial, chapter: Chapter, name: str, teacher: Teacher, test: ImageSet, n_calls: int = 20
+) -> str:
     """The form of the batch-norm term under which a published setting still finds images of the classes it asks for:
-    the papers', if the class term falls below a half of ln K in `n_calls` calls, else the relative one. No data."""
+    the papers', if the class term falls below a half of ln K in `n_calls` calls, else the relative one. No data.
+    The terms that decided it go into the record."""
     n_classes = test.n_classes
     for scale in ("absolute", "relative"):
         settings: dict[str, Any] = {"n_updates": 100, "bn_scale": scale, "warmup": n_calls + 1}
@@ -339,6 +342,8 @@ def batch_norm_scale(trial: Trial, name: str, teacher: Teacher, test: ImageSet, 
         for _ in range(n_calls):
             metrics = method.step()
         target, term = float(metrics["target loss"]), float(metrics["bn loss"])
+        chapter.note(f"pilot/{name}, {scale}/batch-norm term", term)
+        chapter.note(f"pilot/{name}, {scale}/class term", target)
         trial.say(f"{name}, {scale} batch-norm term {term:.3g}, class term {target:.3g} after {n_calls} calls")
         if target < 0.5 * math.log(n_classes):
             return scale
@@ -403,7 +408,7 @@ def run(trial: Trial, parts: list[str], methods: list[str]) -> None:
                                preset="paper" if scale is REAL else scale.preset,
                                n_updates=scale.published_updates)  # fmt: skip
         note_teacher(published, teacher)
-        more = {"bn_scale": batch_norm_scale(trial, "fast", teacher, test)} if scale is REAL else {}
+        more = {"bn_scale": batch_norm_scale(trial, published, "fast", teacher, test)} if scale is REAL else {}
         published.note("comparison/Fast-5/relative batch-norm term", float(more.get("bn_scale") == "relative"))
         distil(trial, published, "fast", teacher, test, 40, **more)
     if short:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
 import pytest
+import tiny_book
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +32,18 @@ def _own_folders(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     monkeypatch.setenv("DFKD_CACHE", str(root / "cache"))
     for name in ("DFKD_DATA", "DFKD_OUT", "DFKD_EVENTS", "DFKD_BOOK"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with the tiny book, for this process and those that it starts."""
+    tiny_book.write(tmp_path / "book")
+    monkeypatch.setenv("DFKD_BOOK", str(tmp_path / "book"))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    )
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def classifier(width: int = 8, n_classes: int = 5) -> nn.Module:

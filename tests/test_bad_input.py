@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_book
 from filelock import FileLock
+from tiny_book import refused
 
 from dfkd_lib import files, locations
 from dfkd_lib.errors import DamagedFile, DFKDError, InputError
@@ -28,23 +28,7 @@ RECORD = {
 }  # fmt: skip
 posix = pytest.mark.skipif(os.name == "nt", reason="of POSIX systems")
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    tiny_book.write(tmp_path / "book")
-    monkeypatch.setenv("DFKD_BOOK", str(tmp_path / "book"))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def refused(capsys: pytest.CaptureFixture[str], *words: str, status: int = 2) -> str:
-    """Run a command that must fail with one line on stderr and nothing on stdout; returns the line."""
-    assert main(words) == status
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("dfkd: error: ") and err.count("\n") == 1 and len(err) < 600
-    assert "fault of this program" not in err
-    return err
+pytestmark = pytest.mark.usefixtures("here")
 
 
 @posix

@@ -17,14 +17,16 @@ from typing import Any
 
 import psutil
 import pytest
-import tiny_book
+from tiny_book import refused
 
 from dfkd_lib import records
 from dfkd_lib.reproduction import batch, board, cluster, plans, runs, workers
 from dfkd_lib.reproduction.cli import main
 
 pytest.importorskip("cryptography", reason="workers of our own talk through TLS: pip install 'dfkd-lib[batch]'")
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals differ")
+pytestmark = [
+    pytest.mark.skipif(os.name == "nt", reason="signals differ"), pytest.mark.usefixtures("here"),
+]  # fmt: skip
 
 FORTY = """# forty points
 chapters: [tiny]
@@ -34,18 +36,6 @@ include:
   - {{seed: 101, mode: fail}}
   - {{seed: 102, lr: 2.0}}
 """
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with the tiny book, for this process and those that it starts."""
-    tiny_book.write(tmp_path / "book")
-    monkeypatch.setenv("DFKD_BOOK", str(tmp_path / "book"))
-    monkeypatch.setenv(
-        "PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    )
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 class Batch:
@@ -237,24 +227,20 @@ def test_workers_of_our_own_let_nobody_else_in_and_serve_no_pages() -> None:
 
 
 def test_what_cannot_start_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    def refused(command: str, status: int = 2) -> str:
-        assert main(command.split()) == status
-        said = capsys.readouterr()
-        assert not said.out
-        return said.err
-
     Path("plan.yml").write_text("chapters: [tiny]\ngpus: 1\n")
-    assert "unknown plan 'plam'" in refused("batch plam")
-    assert "workers must be 1 or more" in refused("batch plan.yml --workers 0")
-    assert "not allowed with" in refused("batch plan.yml --workers 2 --scheduler tcp://a:1")
+    assert "unknown plan 'plam'" in refused(capsys, *["batch", "plam"])
+    assert "workers must be 1 or more" in refused(capsys, *["batch", "plan.yml", "--workers", "0"])
+    assert "not allowed with" in refused(capsys, *["batch", "plan.yml", "--workers", "2", "--scheduler", "tcp://a:1"])
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     try:
-        assert "this machine has none" in refused("batch plan.yml")
+        assert "this machine has none" in refused(capsys, *["batch", "plan.yml"])
     finally:
         del os.environ["CUDA_VISIBLE_DEVICES"]
     assert not list(Path("runs").glob("*/*/run.json"))
     Path("plan.yml").write_text("chapters: [tiny]\nseeds: [-1]\n")
-    assert "has no point that can run" in refused("batch plan.yml")
+    assert main(["batch", "plan.yml"]) == 2
+    said = capsys.readouterr().err
+    assert "seed: -1 must be in [0..]" in said and "has no point that can run" in said
 
 
 def test_a_worker_without_the_folder_sends_what_it_made(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

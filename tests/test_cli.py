@@ -15,32 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_book
+from tiny_book import refused
 
 from dfkd_lib.reproduction.cli import main, parser
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with the tiny book."""
-    tiny_book.write(tmp_path / "book")
-    monkeypatch.setenv("DFKD_BOOK", str(tmp_path / "book"))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def dfkd(command: str) -> int:
     """Run a command in this process; returns its exit status."""
     return main(command.split())
-
-
-def refused(capsys: pytest.CaptureFixture[str], command: str, status: int = 2) -> str:
-    """Run a command that must fail with one line on stderr and nothing on stdout; returns the line."""
-    assert dfkd(command) == status
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith("dfkd: error: ") and err.count("\n") == 1
-    return err
 
 
 @contextmanager
@@ -94,7 +78,7 @@ def test_list_shows_chapters_profiles_and_parameters(capsys: pytest.CaptureFixtu
     ],
 )
 def test_wrong_input_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str], command: str, words: str) -> None:
-    assert words in refused(capsys, command)
+    assert words in refused(capsys, *command.split())
     assert not Path("runs").exists(), "nothing may be left behind by a refused run"
 
 
@@ -110,7 +94,7 @@ def test_a_run_from_start_to_results(capsys: pytest.CaptureFixture[str]) -> None
     assert asked["command"] == "dfkd run tiny --profile cpu --seed 3 -f mine.yml -p n_steps 2"
 
     record = (folder / "record.json").read_bytes()
-    assert "finished run" in refused(capsys, "run tiny --profile cpu --seed 3")
+    assert "finished run" in refused(capsys, *["run", "tiny", "--profile", "cpu", "--seed", "3"])
     assert dfkd(f"run tiny --resume {folder}") == 0
     out, err = capsys.readouterr()
     assert "is finished" in err and "toy/DFAD/accuracy  0.125" in out
@@ -141,9 +125,9 @@ def test_a_failing_chapter_is_status_1_and_can_be_resumed(capsys: pytest.Capture
     assert last["event"] == "failed" and "ValueError: the toy broke (see" in last["error"]
     assert err == f"dfkd: error: {last['error']}\n"
     assert Path("a/notebook.partial.ipynb").exists() and not Path("a/notebook.ipynb").exists()
-    assert "--resume" in refused(capsys, "run tiny --out a")
-    assert "begun with mode = 'fail'" in refused(capsys, "run tiny --resume a -p mode work")
-    assert "begun with profile = 'smoke'" in refused(capsys, "run tiny --resume a --profile cpu")
+    assert "--resume" in refused(capsys, *["run", "tiny", "--out", "a"])
+    assert "begun with mode = 'fail'" in refused(capsys, *["run", "tiny", "--resume", "a", "-p", "mode", "work"])
+    assert "begun with profile = 'smoke'" in refused(capsys, *["run", "tiny", "--resume", "a", "--profile", "cpu"])
 
 
 def test_input_that_only_the_chapter_can_refuse_is_status_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,16 +138,16 @@ def test_input_that_only_the_chapter_can_refuse_is_status_2(capsys: pytest.Captu
 def test_a_folder_with_other_files_is_not_used(capsys: pytest.CaptureFixture[str]) -> None:
     Path("a").mkdir()
     Path("a/thesis.txt").write_text("mine")
-    assert "not empty" in refused(capsys, "run tiny --out a")
+    assert "not empty" in refused(capsys, *["run", "tiny", "--out", "a"])
     assert [path.name for path in Path("a").iterdir() if not path.name.startswith(".")] == ["thesis.txt"]
 
 
 def test_a_damaged_run_folder_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     Path("a").mkdir()
     Path("a/run.json").write_text('{"chapter": "ti')
-    assert "run.json is not valid JSON" in refused(capsys, "run tiny --resume a", status=1)
+    assert "run.json is not valid JSON" in refused(capsys, *["run", "tiny", "--resume", "a"], status=1)
     Path("a/run.json").write_text("{}")
-    assert "run.json is damaged: it lacks 'chapter'" in refused(capsys, "run tiny --resume a", status=1)
+    assert "run.json is damaged: it lacks 'chapter'" in refused(capsys, *["run", "tiny", "--resume", "a"], status=1)
 
 
 def test_a_killed_run_resumes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,7 +168,7 @@ def test_interrupt_says_how_to_resume_and_a_busy_folder_is_refused(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with waiting_run(here / "a") as process:
-        assert "in use by another process" in refused(capsys, "run tiny --resume a", status=1)
+        assert "in use by another process" in refused(capsys, *["run", "tiny", "--resume", "a"], status=1)
         process.send_signal(signal.SIGINT)
         assert process.stderr and process.stderr.read() == (
             f"dfkd: interrupted; continue with: dfkd run tiny --resume {here / 'a'}\n"
@@ -237,17 +221,17 @@ def test_quiet_and_verbose(capsys: pytest.CaptureFixture[str]) -> None:
     assert dfkd("run tiny --out b -p mode fail -v") == 1
     said = capsys.readouterr().err
     assert "Traceback" in said and said.splitlines()[-1].startswith("dfkd: error: tiny failed")
-    assert "not allowed with" in refused(capsys, "list -q -v")
+    assert "not allowed with" in refused(capsys, *["list", "-q", "-v"])
 
 
 def test_colours_on_terminals_only(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
-    assert "\x1b" not in refused(capsys, "list tinny")
+    assert "\x1b" not in refused(capsys, *["list", "tinny"])
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert dfkd("list tinny") == 2
     assert capsys.readouterr().err.startswith("\x1b[31mdfkd: error:\x1b[0m unknown chapter")
     monkeypatch.setenv("NO_COLOR", "1")
-    assert "\x1b" not in refused(capsys, "list tinny")
+    assert "\x1b" not in refused(capsys, *["list", "tinny"])
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])

@@ -7,7 +7,7 @@ These train every method at full length, minutes on the digits and hours beyond:
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -33,15 +33,14 @@ class Scale:
     """Where a preset is at home: data, pair, and the pair with batch norm for the methods that match its statistics."""
 
     size: int
-    epochs: int
     plain: tuple[str, str]
     batch_norm: tuple[str, str]
 
 
 SCALES = {
-    "digits": Scale(8, 20, *[("digits_cnn", "digits_cnn_half")] * 2),
-    "mnist": Scale(32, 10, ("lenet5", "lenet5_half"), ("lenet5_bn", "lenet5_bn_half")),
-    "cifar10": Scale(32, 60, *[("wrn40_2", "wrn16_1")] * 2),
+    "digits": Scale(8, *[("digits_cnn", "digits_cnn_half")] * 2),
+    "mnist": Scale(32, ("lenet5", "lenet5_half"), ("lenet5_bn", "lenet5_bn_half")),
+    "cifar10": Scale(32, *[("wrn40_2", "wrn16_1")] * 2),
 }
 
 
@@ -49,7 +48,7 @@ SCALES = {
 def trained(preset: str, network: str) -> nn.Module:
     scale, runtime = SCALES[preset], Runtime.choose(seed=0)
     splits = [data.load(preset, split, image_size=scale.size, device=runtime.device) for split in ("train", "test")]
-    return train_or_load(network, *splits, replace(recipe(preset, network), epochs=scale.epochs), runtime).module
+    return train_or_load(network, *splits, recipe(preset, network), runtime).module
 
 
 @pytest.mark.parametrize("name", [name for name in distillers.names() if name != "random"])

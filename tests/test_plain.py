@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_book
 
 from dfkd_lib import records
 from dfkd_lib.reproduction import runs
@@ -18,14 +17,7 @@ from dfkd_lib.reproduction.cli import main
 
 JUPYTER = ["IPython", "ipykernel", "jupyter_client", "jupyter_core", "nbformat", "nbclient", "papermill"]
 
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    tiny_book.write(tmp_path / "book")
-    monkeypatch.setenv("DFKD_BOOK", str(tmp_path / "book"))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("here")
 
 
 def dfkd(command: str) -> int:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from dfkd_lib.reproduction.cli import main
 from dfkd_lib.reproduction.notebooks import setup_cell
 
 PARAMETERS = """# a second
@@ -99,3 +102,12 @@ def write(book: Path) -> Path:
     (book / "profiles" / "tiny").mkdir(parents=True)
     (book / "profiles" / "tiny" / "cpu.yml").write_text("# two seconds\nlr: 0.25\nn_steps: 5\n")
     return path
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str, status: int = 2) -> str:
+    """Run a command that must fail with one short line on stderr and nothing on stdout; returns the line."""
+    assert main(words) == status
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("dfkd: error: ") and err.count("\n") == 1 and len(err) < 600
+    assert "fault of this program" not in err
+    return err
