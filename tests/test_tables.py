@@ -83,7 +83,7 @@ def test_the_page_and_the_command_agree_figure_by_figure(capsys: pytest.CaptureF
     text = printed(capsys, "--format", "csv", *words) if words else ""
     shown = tables.claims(records.committed()) if words else tables.results(records.committed())
     rows = [[str(cell) for cell in row] for table in shown for row in table.frame.itertuples(index=False)]
-    on_page = [[re.sub(r"^[✓✗?–] ", "", cell) for cell in row] for row in cells_of(page)]
+    on_page = [[re.sub(rf"^[{''.join(pages.MARKS.values())}] ", "", cell) for cell in row] for row in cells_of(page)]
     assert on_page == rows and len(rows) > 10
     if words:
         parts = [part.split("\n", 1)[1] for part in re.split(r"(?m)^# ", text) if part]

@@ -16,16 +16,21 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a run must show: `metric`, less `than` or divided by `of`, is `at_least` a value.
+    """What a run must show: `metric`, less `than` or divided by `of`, is `at_least` a value, or `at_most` one.
 
     All three are keys of a record's metrics, `<experiment>/<row>/<measure>`. In a key, `#*` stands for the number of
     a repeat, such as a draw of images, from #0 on; then each repeat within a run counts by itself.
+
+    Attributes:
+        control: `than` is a negative control, such as an untrained generator: it may well be at chance.
     """
 
     metric: str
     at_least: float = 0.0
     than: str | None = None
     of: str | None = None
+    at_most: float | None = None
+    control: bool = False
 
     @property
     def metrics(self) -> list[str]:
@@ -34,14 +39,55 @@ class Evidence:
 
 
 @dataclass(frozen=True)
+class Need:
+    """What the rows of reference must show before a claim can be tested, and the reason to give `otherwise`."""
+
+    evidence: Evidence
+    otherwise: str
+
+
+@dataclass(frozen=True)
 class Claim:
-    """One claim, in our words. Without evidence it cannot be tested here, and `why` says why."""
+    """One claim, in our words. Without evidence it cannot be tested here, and `why` says why.
+
+    Attributes:
+        needs: without these the claim is not tested.
+        before: key of the student's accuracy before it learned, above which the compared rows have to be.
+        tuned: what of the claim's set-up was chosen while its outcome was in view; empty if nothing was.
+    """
 
     id: str
     text: str
     where: str
     evidence: tuple[Evidence, ...]
     why: str = ""
+    needs: tuple[Need, ...] = ()
+    before: str | None = None
+    tuned: str = ""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the paper spent, and where a record of one chapter says what we spent.
+
+    Attributes:
+        experiments: to which of the chapter's experiments this applies; all, if empty.
+        counted: what is counted, in words.
+        ours: parameters of the chapter whose product is our number; a list counts as its sum.
+        theirs: {dataset: the paper's number}; "any" stands for the datasets that are not named.
+        dataset: the parameter that names the dataset.
+        teacher: key of our teacher's measure.
+        published: {dataset: that measure of the paper's teacher}.
+    """
+
+    chapter: str
+    experiments: tuple[str, ...]
+    counted: str
+    ours: tuple[str, ...]
+    theirs: dict[str, float]
+    dataset: str
+    teacher: str | None
+    published: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -86,6 +132,7 @@ class Paper:
     chapters: tuple[str, ...]
     tables: tuple[PublishedTable, ...]
     claims: tuple[Claim, ...]
+    budgets: tuple[Budget, ...] = ()
 
     def table(self, id: str) -> PublishedTable:
         """A published table by its id."""
@@ -119,6 +166,7 @@ def read_card(path: Path) -> Paper:
         chapters=tuple(card.take("chapters", list)) if "chapters" in card.left else (path.stem,),
         tables=tuple(_table(fields) for fields in card.each("tables")),
         claims=tuple(_claim(fields) for fields in card.each("claims")),
+        budgets=tuple(_budget(fields) for fields in card.each("budgets")) if "budgets" in card.left else (),
     )
     card.done()
     if read.id != path.stem:
@@ -146,6 +194,9 @@ class _Fields:
             names = [k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,))]
             raise self.wrong(key, f"must be {' or '.join(names)}, got {value!r}")
         return value
+
+    def optional(self, key: str, kind: Any, default: Any) -> Any:
+        return self.take(key, kind) if key in self.left else default
 
     def number(self, key: str) -> float:
         return float(self.take(key, (int, float)))
@@ -207,20 +258,46 @@ def _claim(fields: _Fields) -> Claim:
     items = evidence if isinstance(evidence, list) else [evidence] if evidence else []
     pieces = tuple(_evidence(_Fields(item, f"{fields.at}: evidence[{i}]")) for i, item in enumerate(items))
     why = "" if pieces else fields.take("why", str)
+    needs = tuple(_need(need) for need in fields.each("needs")) if "needs" in fields.left else ()
+    before = fields.metric("before") if "before" in fields.left else None
+    tuned = fields.optional("tuned", str, "")
     fields.done()
-    return Claim(id, text, where, pieces, why)
+    return Claim(id, text, where, pieces, why, needs, before, tuned)
+
+
+def _need(fields: _Fields) -> Need:
+    otherwise = fields.take("otherwise", str)
+    return Need(_evidence(fields), otherwise)
 
 
 def _evidence(fields: _Fields) -> Evidence:
     if "greater" in fields.left:
         by = fields.number("by") if "by" in fields.left else 0.0
-        evidence = Evidence(fields.metric("greater"), by, than=fields.metric("than"))
+        control = fields.optional("control", bool, False)
+        evidence = Evidence(fields.metric("greater"), by, than=fields.metric("than"), control=control)
     elif "ratio" in fields.left:
         evidence = Evidence(fields.metric("ratio"), fields.number("at_least"), of=fields.metric("of"))
+    elif "at_most" in fields.left:
+        evidence = Evidence(fields.metric("metric"), at_most=fields.number("at_most"))
     else:
         evidence = Evidence(fields.metric("metric"), fields.number("at_least"))
     fields.done()
     return evidence
+
+
+def _budget(fields: _Fields) -> Budget:
+    budget = Budget(
+        chapter=fields.take("chapter", str),
+        experiments=tuple(fields.optional("experiments", list, [])),
+        counted=fields.optional("counted", str, "updates"),
+        ours=tuple(fields.optional("ours", list, [])),
+        theirs=fields.optional("theirs", dict, {}),
+        dataset=fields.optional("dataset", str, "dataset"),
+        teacher=fields.metric("teacher") if "teacher" in fields.left else None,
+        published=fields.optional("published", dict, {}),
+    )
+    fields.done()
+    return budget
 
 
 def _named(kind: str, id: str, items: dict[str, Item]) -> Item:

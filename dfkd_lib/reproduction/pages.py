@@ -22,7 +22,10 @@ from .verdicts import seeds
 if TYPE_CHECKING:
     import pandas as pd
 
-MARKS = {"holds": "✓", "does not hold": "✗", "undecided": "?", "not tested here": "–"}
+MARKS = {
+    "holds": "✓", "holds in part": "◐", "does not hold": "✗", "not reached at this budget": "…", "undecided": "?",
+    "not tested here": "–",
+}  # fmt: skip
 NO_RUNS = "No larger run is committed yet: there are no figures to show."
 
 
@@ -40,6 +43,11 @@ def claims() -> HTML:
     return _html(*([] if found else [_line(NO_RUNS)]), *shown)
 
 
+def verdicts(paper_id: str) -> HTML:
+    """The claims of one paper as the page of all claims has them: from the committed runs, at their largest scale."""
+    return _html(table_html(tables.claims_of(paper(paper_id), records.committed())))
+
+
 def chapters() -> HTML:
     """The chapters that exist, with their committed runs and how the claims of their papers fare."""
     import pandas as pd
@@ -49,12 +57,12 @@ def chapters() -> HTML:
     for chapter in parameters.chapters():
         told = [card for card in cards if card.chapters[0] == chapter]
         runs = [f"{label} ({seeds(len(group))})" for label, group in records.group(records.committed(chapter)).items()]
-        verdicts = [
-            at_largest_scale(claim, records.group(records.committed(*card.chapters)))[1].verdict
+        found = [
+            at_largest_scale(claim, records.group(records.committed(*card.chapters)), card.budgets)[1].verdict
             for card in told
             for claim in card.claims
         ]
-        tally = [_badge(verdict, verdicts.count(verdict)) for verdict in MARKS if verdict in verdicts]
+        tally = [_badge(verdict, found.count(verdict)) for verdict in MARKS if verdict in found]
         years = f" ({told[0].year})" if len(told) == 1 else ""
         link = f'<a href="chapters/{chapter}.html">{html.escape(parameters.title(chapter))}</a>{years}'
         rows.append((link, html.escape(", ".join(runs) or "none yet"), " ".join(tally)))

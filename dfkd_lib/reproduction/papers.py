@@ -53,8 +53,9 @@ def claims_table(paper_id: str, records: Sequence[Record]) -> pd.DataFrame:
     """Each claim with the verdict of records that differ by seed: claim, where, verdict, figures."""
     import pandas as pd
 
+    card = paper(paper_id)
     rows = []
-    for claim in paper(paper_id).claims:
-        verdict = judge(claim, records)
-        rows.append((claim.text, claim.where, verdict.verdict, verdict.figures))
+    for claim in card.claims:
+        verdict = judge(claim, records, card.budgets)
+        rows.append((claim.text, claim.where, verdict.verdict, verdict.words))
     return pd.DataFrame(rows, columns=["claim", "where", "verdict", "figures"])

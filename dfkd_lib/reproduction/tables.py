@@ -9,14 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from .. import records
 from . import verdicts
-from .cards import Cell, Claim, Paper
+from .cards import Budget, Cell, Claim, Paper
 from .display import percent
 from .papers import paper, paper_ids
-from .verdicts import Record, Verdict, judge, seeds, spread
+from .verdicts import Record, Verdict, judge, seeds, spread, spreads_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
+_DATASETS = {
+    "mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "digits": "handwritten digits",
+    "agnews": "AG News", "imdb": "IMDb", "camvid": "CamVid", "digit_sentences": "digits as sentences",
+    "digit_scenes": "scenes of digits",
+}  # fmt: skip
+_LENGTHS = {"updates": ("n_updates",), "iterations": ("n_steps", "scene_steps"), "batches": ("batches",)}
 _APART = ("seed", "device", "threads", "out")
 
 
@@ -75,30 +81,67 @@ def claims(found: Sequence[Record], chapter: str = "") -> list[Table]:
     Args:
         chapter: papers that this chapter's runs bear on alone; by default all.
     """
+
+    return [
+        Table("claims", _citation(card), claims_of(card, found))
+        for card in map(paper, paper_ids())
+        if not chapter or chapter in card.chapters
+    ]
+
+
+def claims_of(card: Paper, found: Sequence[Record]) -> pd.DataFrame:
+    """The claims of a paper, each at the largest scale at which a run tested it: claim, where, verdict, figures."""
     import pandas as pd
 
-    tables = []
-    for card in map(paper, paper_ids()):
-        if chapter and chapter not in card.chapters:
-            continue
-        groups = records.group(_of(found, card.chapters))
-        rows = []
-        for claim in card.claims:
-            run, verdict = at_largest_scale(claim, groups)
-            figures = f"{verdict.figures} ({run})" if run else verdict.figures
-            rows.append((claim.text, claim.where, verdict.verdict, figures))
-        frame = pd.DataFrame(rows, columns=["claim", "where", "verdict", "figures"])
-        tables.append(Table("claims", _citation(card), frame))
-    return tables
+    groups = records.group(_of(found, card.chapters))
+    rows = []
+    for claim in card.claims:
+        run, verdict = at_largest_scale(claim, groups, card.budgets)
+        figures = [verdict.figures, f"{scale_in_words(groups[run][0])} ({run})" if run else "", verdict.terms]
+        if claim.tuned and run:
+            figures.append(f"chosen with the outcome in view: {claim.tuned}")
+        rows.append((claim.text, claim.where, verdict.verdict, "; ".join(filter(None, figures))))
+    return pd.DataFrame(rows, columns=["claim", "where", "verdict", "figures"])
 
 
-def at_largest_scale(claim: Claim, groups: Mapping[str, Sequence[Record]]) -> tuple[str, Verdict]:
-    """The first of the groups, largest scale first, whose records test the claim, and what they say."""
+def at_largest_scale(
+    claim: Claim, groups: Mapping[str, Sequence[Record]], budgets: Sequence[Budget] = ()
+) -> tuple[str, Verdict]:
+    """The first of the groups, largest scale first, whose records test the claim, and what they say.
+
+    Smoke runs check the code and decide nothing. Where no other run tests the claim, why the largest one that has the
+    measures does not.
+    """
+    spreads = spreads_of(groups.values())
+    unmeasured = judge(claim, [])
+    why = unmeasured
     for label, runs in groups.items():
-        verdict = judge(claim, runs)
+        if runs[0]["profile"].split("-")[0] == "smoke":
+            continue
+        verdict = judge(claim, runs, budgets, spreads)
         if verdict.n:
             return label, verdict
-    return "", judge(claim, [])
+        why = verdict if why == unmeasured else why
+    return "", why
+
+
+def scale_in_words(record: Record) -> str:
+    """Data, image size and length of a run as a reader would say them, such as "MNIST at 28x28, 1,200 updates"."""
+    given = record["parameters"]
+    segments = "segmentation" in given.get("parts", []) and len(given["parts"]) == 1
+    name = str(given.get("scenes" if segments else "dataset", ""))
+    words = [_DATASETS.get(name, name)]
+    if (classes := given.get("classes")) and not segments:
+        words[0] = f"{len(classes)} classes of {words[0]}"
+    if segments:
+        words[0] += f" at {given['scene_height']}x{given['scene_width']}"
+    elif size := given.get("image_size"):
+        words[0] += f" at {size}x{size}"
+    for unit, names in _LENGTHS.items():
+        if found := [given[n] for n in names if isinstance(given.get(n), int) and segments == n.startswith("scene_")]:
+            words.append(f"{found[0]:,} {unit}")
+            break
+    return ", ".join(filter(None, words))
 
 
 def comparison(paper_id: str, experiment: str, runs: Sequence[Record], measure: str = "") -> pd.DataFrame:

@@ -1,47 +1,107 @@
-"""What records say of a claim: holds, does not hold, undecided, not tested here; and their figures in words."""
+"""What records say of a claim, by rules that hold for all: verdict and figures in words.
+
+A verdict needs rows that work (:mod:`.floors`), more than one run could differ by, and says at which share of the
+paper's budget it was reached (:mod:`.budgets`).
+"""
 
 from __future__ import annotations
 
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from . import display
-from .cards import Claim, Evidence
+from . import budgets, display, floors
+from .cards import Budget, Claim, Evidence
 
 Record = dict[str, Any]
-Ruling = Literal["holds", "does not hold", "undecided", "not tested here"]
+Ruling = Literal[
+    "holds", "holds in part", "does not hold", "not reached at this budget", "undecided", "not tested here"
+]
+# The first of these that a piece of evidence has is the claim's.
+_RANKING: tuple[Ruling, ...] = (
+    "does not hold", "not reached at this budget", "not tested here", "undecided", "holds in part",
+)  # fmt: skip
 REPEAT = "#*"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What `n` records, or the `n` repeats within them, say of a claim, with the figures in words."""
+    """What `n` records, or the `n` repeats within them, say of a claim.
+
+    Attributes:
+        figures: what was compared, in words, or why nothing could be.
+        terms: at which share of the paper's budget, from which teacher; empty where neither is known.
+        n: 0 where the claim was not tested.
+    """
 
     verdict: Ruling
     figures: str
     n: int
+    terms: str = ""
+
+    @property
+    def words(self) -> str:
+        """Figures and terms in one line."""
+        return "; ".join(filter(None, (self.figures, self.terms)))
 
 
-def judge(claim: Claim, records: Sequence[Record]) -> Verdict:
+def judge(
+    claim: Claim,
+    records: Sequence[Record],
+    paper_budgets: Sequence[Budget] = (),
+    spreads: Mapping[str, float] | None = None,
+) -> Verdict:
     """What records that differ by seed alone say of a claim.
 
-    Each record gives a margin, or each of its repeats does where the evidence asks for them. The claim holds if the
-    mean margin exceeds 0 by more than its standard error, does not hold if it falls short by more than that, and is
-    undecided in between. A single margin decides by its sign, unless the two figures that are compared read the same
-    in print: then it is undecided. Every piece of the evidence must hold. A record without the metrics does not
-    count; a metric that is null diverged and counts as 0.
+    Each record gives a margin over what is asked, or each of its repeats does where the evidence asks for them.
+    The piece of evidence *holds* if the mean margin exceeds 0 by more than its standard error, fails if it falls
+    short by more than that, and is *undecided* in between. It *holds in part* if a lead is there by that rule but
+    not by the number of points asked. A single margin is undecided while it is smaller than what runs of
+    other seeds differ by. It is *not tested here* if a row that is compared does not work, see :mod:`.floors`. What
+    fails is *not reached at this budget* rather than *does not hold* if the run spent less than a tenth of the
+    paper's budget or had a teacher more than five points weaker. Every piece of the evidence must hold. A record
+    without the metrics does not count; a metric that is null diverged and counts as 0.
+
+    Args:
+        paper_budgets: those of the claim's card.
+        spreads: {metric: its standard deviation over seeds elsewhere}, see :func:`spreads_of`.
     """
     if not claim.evidence:
         return Verdict("not tested here", claim.why, 0)
-    parts = [_judge(evidence, records) for evidence in claim.evidence]
-    ranking: tuple[Ruling, ...] = ("does not hold", "not tested here", "undecided")
-    verdict: Ruling = next((r for r in ranking if any(part.verdict == r for part in parts)), "holds")
-    figures = "; ".join(dict.fromkeys(part.figures for part in parts))
-    return Verdict(verdict, figures, min(part.n for part in parts))
+    parts = []
+    for evidence in claim.evidence:
+        part = _judge(evidence, records, spreads or {})
+        reason = floors.reason(evidence, records, claim.before, paper_budgets) if part.n else ""
+        parts.append(Verdict("not tested here", f"{reason}: {part.figures}", 0) if reason else part)
+    for need in claim.needs if any(part.n for part in parts) else ():
+        met = _judge(need.evidence, records, {})
+        if met.verdict != "holds":
+            return Verdict("not tested here", f"{need.otherwise}: {met.figures}", 0)
+    verdict: Ruling = next((r for r in _RANKING if any(part.verdict == r for part in parts)), "holds")
+    n = 0 if verdict == "not tested here" else min(part.n for part in parts if part.n)
+    told = [part for part in parts if part.n == 0] if n == 0 else parts
+    terms = budgets.terms(claim, records, paper_budgets) if n else budgets.Terms()
+    if verdict == "does not hold" and terms.small:
+        verdict = "not reached at this budget"
+    return Verdict(verdict, "; ".join(dict.fromkeys(part.figures for part in told)), n, terms.words)
+
+
+def spreads_of(groups: Iterable[Sequence[Record]]) -> dict[str, float]:
+    """{metric: the largest standard deviation over seeds that any group of runs shows for it}.
+
+    The key "" holds the median of those of all accuracies, for rows that were never repeated; absent if none was.
+    """
+    found: dict[str, float] = {}
+    for records in groups:
+        for key in dict.fromkeys(key for record in records for key in record["metrics"]):
+            values = [v for record in records if (v := record["metrics"].get(key)) is not None]
+            if len(values) > 1:
+                found[key] = max(found.get(key, 0.0), statistics.stdev(values))
+    of_accuracies = [sd for key, sd in found.items() if floors.is_accuracy(key) and not floors.is_reference(key)]
+    return found | ({"": statistics.median(of_accuracies)} if of_accuracies else {})
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
@@ -68,24 +128,40 @@ def seeds(n: int) -> str:
     return f"{n} seed{'s' * (n != 1)}"
 
 
-def _judge(evidence: Evidence, records: Sequence[Record]) -> Verdict:
+def _judge(evidence: Evidence, records: Sequence[Record], spreads: Mapping[str, float]) -> Verdict:
     found = [_repeats(evidence, record["metrics"]) for record in records]
     values = list(itertools.chain(*found))
     n = len(values)
     if not n:
         return Verdict("not tested here", "no run has these measures", 0)
-    mean, sd = spread([_margin(evidence, value) for value in values])
-    error = sd / math.sqrt(n)
-    tie = n == 1 and evidence.than and not evidence.at_least and _reads_the_same(evidence, values[0])
-    tie = tie or (mean == error == 0 and evidence.than and not evidence.at_least)
-    if tie or (error and -error <= mean <= error):
-        verdict: Ruling = "undecided"
-    else:
-        verdict = "holds" if mean >= 0 else "does not hold"
+    margins = [_margin(evidence, value) for value in values]
+    error = spread(margins)[1] / math.sqrt(n) if n > 1 else _of_one_run(evidence, spreads)
+    verdict = _ruling(statistics.fmean(margins), error)
+    asks_for_points = evidence.than and evidence.at_least > 0
+    if verdict == "does not hold" and asks_for_points:
+        lead = statistics.fmean(margins) + evidence.at_least
+        verdict = "holds in part" if _ruling(lead, error) == "holds" else verdict
+    compared = evidence.than and not evidence.at_least
+    if compared and ((n == 1 and _reads_the_same(evidence, values[0])) or not any(margins)):
+        verdict = "undecided"
     count = seeds(sum(map(bool, found)))
     if _has_repeats(evidence):
         count = f"{n} repeat{'s' * (n != 1)}, {count}"
     return Verdict(verdict, f"{_figures(evidence, values)}, {count}", n)
+
+
+def _ruling(margin: float, error: float) -> Ruling:
+    if error and -error <= margin <= error:
+        return "undecided"
+    return "holds" if margin >= 0 else "does not hold"
+
+
+def _of_one_run(evidence: Evidence, spreads: Mapping[str, float]) -> float:
+    """How much the margin of a single run is likely to differ from that of another seed; 0 where nothing is known."""
+    if not evidence.than:
+        return spreads.get(evidence.metric, 0.0) if not evidence.of else 0.0
+    usual = spreads.get("", 0.0) if floors.is_accuracy(evidence.metric) else 0.0
+    return math.hypot(*(spreads.get(key, usual) for key in (evidence.metric, evidence.than)))
 
 
 def _repeats(evidence: Evidence, metrics: dict[str, float | None]) -> list[dict[str, float | None]]:
@@ -110,6 +186,8 @@ def _margin(evidence: Evidence, value: dict[str, float | None]) -> float:
         margin -= value[evidence.than] or 0.0
     if evidence.of:
         margin /= value[evidence.of] or 1.0
+    if evidence.at_most is not None:
+        return round(evidence.at_most - margin, 9)
     return round(margin - evidence.at_least, 9)
 
 
