@@ -43,9 +43,9 @@ def claims() -> HTML:
     return _html(*([] if found else [_line(NO_RUNS)]), *shown)
 
 
-def verdicts(paper_id: str) -> HTML:
+def verdicts(paper_id: str, caption: str = "") -> HTML:
     """The claims of one paper as the page of all claims has them: from the committed runs, at their largest scale."""
-    return _html(table_html(tables.claims_of(paper(paper_id), records.committed())))
+    return _html(table_html(tables.claims_of(paper(paper_id), records.committed()), caption))
 
 
 def chapters() -> HTML:
