@@ -210,10 +210,26 @@ def test_a_seed_less_can_make_a_verdict_undecided() -> None:
 
 def test_chapters_the_page_of_claims_and_the_command_agree() -> None:
     found = records.committed()
-    for table, card in zip(tables.claims(found), map(papers.paper, papers.paper_ids()), strict=True):
+    for table, card in zip(tables.claims(found), tables.in_order(), strict=True):
         shown = str(pages.verdicts(card.id).data)
         badges = re.findall(r'class="verdict [\w-]+">\S+ ([^<]+)</span>', shown)
         assert badges == list(table.frame["verdict"])
+
+
+def test_the_landing_page_counts_what_the_page_of_claims_shows() -> None:
+    shown = str(pages.standing().data)
+    ruled = [verdict for table in tables.claims(records.committed()) for verdict in table.frame["verdict"]]
+    assert f"{len(ruled)} claims of {len(papers.paper_ids())} papers" in shown
+    for name in pages.MARKS:
+        assert f"{name} {ruled.count(name)}" in shown
+    assert "at the paper's full budget" in shown
+
+
+def test_papers_come_in_the_order_of_the_chapters_and_smoke_runs_last() -> None:
+    ids = [card.id for card in tables.in_order()]
+    assert ids.index("dfad") < ids.index("cmi") < ids.index("fast") < ids.index("grafting")
+    kinds = [table.kind for table in tables.results(records.committed())]
+    assert kinds == sorted(kinds) and set(kinds) == {"results", "smoke"}
 
 
 def test_no_verdict_of_the_book_rests_on_a_row_at_chance() -> None:

@@ -16,10 +16,11 @@ WEAKER_TEACHER = 0.05
 
 @dataclass(frozen=True)
 class Terms:
-    """The terms of a verdict in words, and whether they are too small for a negative one."""
+    """The terms of a verdict in words, whether they are too small for a negative one, and the share spent if known."""
 
     words: str = ""
     small: bool = False
+    share: float | None = None
 
 
 def terms(claim: Claim, records: Sequence[dict[str, Any]], budgets: Sequence[Budget]) -> Terms:
@@ -54,7 +55,7 @@ def _terms(budget: Budget, records: Sequence[dict[str, Any]]) -> Terms:
         mean = statistics.fmean(ours)
         words.append(f"teacher {100 * mean:.1f} of {100 * theirs:.1f}")
         small = small or theirs - mean > WEAKER_TEACHER
-    return Terms(", ".join(words), small)
+    return Terms(", ".join(words), small, spent)
 
 
 def _percent(share: float) -> str:

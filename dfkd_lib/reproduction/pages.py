@@ -32,7 +32,11 @@ NO_RUNS = "No larger run is committed yet: there are no figures to show."
 def results() -> HTML:
     """Our figures beside the published ones: the tables of :func:`.tables.results`, from the committed runs."""
     found = records.committed()
-    shown = [table_html(table.frame, table.caption) for table in tables.results(found)]
+    shown, heading = [], '<h2 id="smoke-runs">Smoke runs: a check of the code</h2>'
+    for table in tables.results(found):
+        if table.kind == "smoke" and heading not in shown:
+            shown.append(heading)
+        shown.append(table_html(table.frame, table.caption))
     return _html(*shown or [_line(NO_RUNS)], *_perhaps_mixed(found))
 
 
@@ -46,6 +50,24 @@ def claims() -> HTML:
 def verdicts(paper_id: str, caption: str = "") -> HTML:
     """The claims of one paper as the page of all claims has them: from the committed runs, at their largest scale."""
     return _html(table_html(tables.claims_of(paper(paper_id), records.committed()), caption))
+
+
+def standing() -> HTML:
+    """How many claims there are, how many were tested, on what and at which share of the papers' budgets."""
+    ruled = []
+    for card in tables.in_order():
+        groups = records.group(records.committed(*card.chapters))
+        ruled += [at_largest_scale(claim, groups, card.budgets) for claim in card.claims]
+    tested = [(label, verdict) for label, verdict in ruled if verdict.n]
+    on_gpu = sum(label.startswith(("gpu", "paper")) for label, _ in tested)
+    at_scale = sum(verdict.share is not None and verdict.share >= 1 for _, verdict in tested)
+    gpu_runs = [record for record in records.committed() if record["profile"].split("-")[0] in ("gpu", "paper")]
+    tally = ", ".join(f"{name} {sum(v.verdict == name for _, v in ruled)}" for name in MARKS)
+    return _html(
+        f"<p>{len(ruled)} claims of {len(paper_ids())} papers: {tally}. Of the {len(tested)} that were tested, "
+        f"{on_gpu} were tested on a GPU and {at_scale} at the paper's full budget; the others at the scale that stands "
+        f"beside each. {len(gpu_runs)} of the {len(records.committed())} committed runs were made on a GPU.</p>"
+    )
 
 
 def chapters() -> HTML:

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import records
+from ..locations import repository_root
 from . import verdicts
 from .cards import Budget, Cell, Claim, Paper
 from .display import percent
 from .papers import paper, paper_ids
+from .site import toc_files
 from .verdicts import Record, Verdict, judge, seeds, spread, spreads_of
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ class Table:
     """A table of texts, as it is shown.
 
     Attributes:
-        kind: "results" or "claims".
+        kind: "results", "smoke" for those of smoke runs, or "claims".
     """
 
     kind: str
@@ -61,18 +63,18 @@ def results(found: Sequence[Record]) -> list[Table]:
     the seeds; the caption has their number, or the cell where it differs.
     """
     tables = []
-    cards = [paper(id) for id in paper_ids()]
+    cards = in_order()
     for card in cards:
         for label, runs in records.group(_of(found, card.chapters)).items():
             for experiment, measure in {table.experiment: table.measure for table in card.tables}.items():
                 frame = comparison(card.id, experiment, runs, measure)
                 caption = f"{card.title}, {experiment}: {measure} in percent ({label}, {seeds(len(runs))})"
                 if len(frame):
-                    tables.append(Table("results", caption, frame))
+                    tables.append(Table(_kind(runs), caption, frame))
     told = {card.chapters[0] for card in cards if card.chapters[0] == card.id}
     for chapter in sorted({record["chapter"] for record in found} - told):
         tables += _across_pairs(chapter, _of(found, [chapter]))
-    return tables
+    return sorted(tables, key=lambda table: table.kind == "smoke")
 
 
 def claims(found: Sequence[Record], chapter: str = "") -> list[Table]:
@@ -84,9 +86,17 @@ def claims(found: Sequence[Record], chapter: str = "") -> list[Table]:
 
     return [
         Table("claims", _citation(card), claims_of(card, found))
-        for card in map(paper, paper_ids())
+        for card in in_order()
         if not chapter or chapter in card.chapters
     ]
+
+
+def in_order() -> list[Paper]:
+    """The paper cards, in the reading order of the chapters that tell them; by name in an installed package."""
+    root = repository_root()
+    order = [path.stem for path in toc_files(root)] if root else []
+    cards = [paper(id) for id in paper_ids()]
+    return sorted(cards, key=lambda card: order.index(card.chapters[0]) if card.chapters[0] in order else len(order))
 
 
 def claims_of(card: Paper, found: Sequence[Record]) -> pd.DataFrame:
@@ -116,13 +126,18 @@ def at_largest_scale(
     unmeasured = judge(claim, [])
     why = unmeasured
     for label, runs in groups.items():
-        if runs[0]["profile"].split("-")[0] == "smoke":
+        if is_smoke(runs[0]):
             continue
         verdict = judge(claim, runs, budgets, spreads)
         if verdict.n:
             return label, verdict
         why = verdict if why == unmeasured else why
     return "", why
+
+
+def is_smoke(record: Record) -> bool:
+    """Whether a run is one of those that check the code."""
+    return str(record["profile"]).split("-")[0] == "smoke"
 
 
 def scale_in_words(record: Record) -> str:
@@ -323,8 +338,12 @@ def _across_pairs(chapter: str, found: list[Record]) -> list[Table]:
             unit = "" if measure == "value" or measure.endswith("seconds") else " in percent"
             pair = f", {_pair(groups[0][0])}" if len(groups) == 1 and _pair(groups[0][0]) else ""
             caption = f"Chapter {chapter}, {experiment}: {measure}{unit} ({label}{pair}{n})"
-            tables.append(Table("results", caption, pd.DataFrame(columns)))
+            tables.append(Table(_kind(groups[0]), caption, pd.DataFrame(columns)))
     return tables
+
+
+def _kind(runs: Sequence[Record]) -> str:
+    return "smoke" if is_smoke(runs[0]) else "results"
 
 
 def _headings(groups: Sequence[Sequence[Record]]) -> list[str]:

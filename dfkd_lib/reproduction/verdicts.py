@@ -34,6 +34,7 @@ class Verdict:
     Attributes:
         figures: what was compared, in words, or why nothing could be.
         terms: at which share of the paper's budget, from which teacher; empty where neither is known.
+        share: that share, if it is known.
         n: 0 where the claim was not tested.
     """
 
@@ -41,6 +42,7 @@ class Verdict:
     figures: str
     n: int
     terms: str = ""
+    share: float | None = None
 
     @property
     def words(self) -> str:
@@ -86,7 +88,7 @@ def judge(
     terms = budgets.terms(claim, records, paper_budgets) if n else budgets.Terms()
     if verdict == "does not hold" and terms.small:
         verdict = "not reached at this budget"
-    return Verdict(verdict, "; ".join(dict.fromkeys(part.figures for part in told)), n, terms.words)
+    return Verdict(verdict, "; ".join(dict.fromkeys(part.figures for part in told)), n, terms.words, terms.share)
 
 
 def spreads_of(groups: Iterable[Sequence[Record]]) -> dict[str, float]:
