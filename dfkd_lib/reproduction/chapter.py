@@ -132,10 +132,15 @@ class Chapter:
         self.teachers.append(facts)
 
     def figure(self, figure: Figure, name: str) -> Figure:
-        """Keep a figure as `<out>/<name>.png`; returns it, so that the cell shows it."""
+        """Keep a figure as `<out>/<name>.png`, of 256 colours; returns it, so that the cell shows it."""
+        from PIL import Image
+
         if self.out:
             with replace_file(self.out / f"{name}.png") as temporary:
                 figure.savefig(temporary, format="png", dpi=150, bbox_inches="tight")
+                with Image.open(temporary) as picture:
+                    small = picture.convert("RGB").quantize(256)
+                small.save(temporary, format="png", optimize=True)
         return figure
 
     def record(self) -> dict[str, Any]:
