@@ -233,7 +233,7 @@ def parser() -> argparse.ArgumentParser:
         "for contributors: run stored notebooks anew, in place",
         "dfkd refresh fast\ndfkd refresh all",
     )
-    one.add_argument("notebook", metavar="NAME", help="a chapter, a page such as results, or all")
+    one.add_argument("notebook", metavar="NAME", help="a chapter, a page such as results, README, or all")
 
     one = command(
         "completion",
@@ -294,11 +294,14 @@ def _test(args: argparse.Namespace) -> int:
 
 
 def _refresh(args: argparse.Namespace) -> None:
+    from . import readme
     from .notebooks import refresh, stored_notebooks
 
     known = {path.stem: path for path in stored_notebooks()}
-    if args.notebook not in (*known, "all"):
-        raise unknown("notebook", args.notebook, [*known, "all"])
-    for name in known if args.notebook == "all" else [args.notebook]:
+    if args.notebook not in (*known, "README", "all"):
+        raise unknown("notebook", args.notebook, [*known, "README", "all"])
+    if args.notebook in ("README", "all"):
+        print(f"{readme.refresh()}: fresh")
+    for name in known if args.notebook == "all" else [args.notebook] if args.notebook in known else []:
         refresh(known[name])
         print(f"{known[name]}: fresh")

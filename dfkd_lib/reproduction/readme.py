@@ -1,0 +1,115 @@
+"""The README's table of headline results, written from the committed records."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import records
+from ..errors import InputError
+from ..files import write_text
+from ..locations import repository_root
+from .papers import published
+from .tables import scale_in_words
+from .verdicts import percent, seeds
+
+BEGIN, END = "<!-- headline results, by dfkd refresh README -->", "<!-- end of headline results -->"
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One line: what was done, the runs that show it, and the published figure where there is one.
+
+    Attributes:
+        runs: how the names of the runs' folders begin.
+        published: paper, table, column and row of the figure.
+    """
+
+    what: str
+    chapter: str
+    runs: str
+    teacher: str
+    student: str
+    published: tuple[str, str, str, str] | None = None
+
+
+HEADLINES = (
+    Headline(
+        "Fast-5, WRN-40-2 to WRN-16-1", "comparison", "gpu-cifar10-fast-80000", "comparison/teacher/accuracy",
+        "comparison/Fast-5/accuracy", ("fast", "comparison", "cifar10", "Fast-5"),
+    ),
+    Headline(
+        "DFAD, WRN-40-2 to WRN-16-1", "comparison", "gpu-cifar10-8000", "comparison/teacher/accuracy",
+        "comparison/DFAD/accuracy",
+    ),
+    Headline(
+        "DFAD, LeNet-5 to its half", "dfad", "cpu-mnist", "classification/teacher/accuracy",
+        "classification/DFAD/accuracy", ("dfad", "classification", "mnist", "DFAD"),
+    ),
+    Headline("CMI, adversarial mode", "cmi", "cpu-mnist", "modes/teacher/accuracy", "modes/adversarial/accuracy"),
+    Headline("MosaicKD, patches of photographs at hand", "mosaickd", "cpu-cifar10", "comparison/teacher/accuracy",
+             "comparison/MosaicKD/accuracy"),
+    Headline(
+        "NetGraft, ten images per class", "grafting", "cpu-cifar10-vgg16", "shots/teacher/accuracy",
+        "shots/NetGraft K=10/accuracy", ("grafting", "shots", "CIFAR-10", "K = 10"),
+    ),
+    Headline(
+        "AS-DFD, two layers drawn anew", "as-dfd", "cpu-agnews", "2 layers, drawn anew/teacher/accuracy",
+        "2 layers, drawn anew/AS-DFD/accuracy",
+    ),
+)  # fmt: skip
+
+
+def headline_table() -> str:
+    """The table in Markdown, one line for each of `HEADLINES`; accuracies in percent, mean ± standard deviation."""
+    lines = [
+        "| what | scale | teacher | student | published | hours |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for headline in HEADLINES:
+        found = [run for run in records.committed(headline.chapter) if run["run"].startswith(headline.runs)]
+        teacher, student = (
+            percent([run["metrics"][key] for run in found]) for key in (headline.teacher, headline.student)
+        )
+        link = f"[{headline.what}](book/chapters/{headline.chapter}.ipynb)"
+        cells = [link, _scale(found), teacher, student, _theirs(headline), _hours(found)]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def refresh(path: Path | None = None) -> Path:
+    """Write the table between its marks in the README of the checkout; returns the file.
+
+    Raises:
+        InputError: this is no checkout, or the marks are not there.
+    """
+    root = repository_root()
+    if path is None and root is None:
+        raise InputError("there is no README here: this library runs from an installed package, not from a checkout")
+    path = path or Path(str(root)) / "README.md"
+    text = path.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise InputError(f"{path} lacks the lines between which its table stands: {BEGIN} and {END}")
+    table = f"{BEGIN}\n{headline_table()}\n{END}"
+    write_text(path, re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: table, text, flags=re.DOTALL))
+    return path
+
+
+def _scale(found: Sequence[dict[str, Any]]) -> str:
+    on = "GPU" if str(found[0]["hardware"].get("device", "")).startswith("cuda") else "one CPU core"
+    return f"{scale_in_words(found[0])}, {seeds(len(found))}, {on}"
+
+
+def _theirs(headline: Headline) -> str:
+    if not headline.published:
+        return "–"
+    paper, table, column, row = headline.published
+    return f"{100 * published(paper, table, column).set_index('method').loc[row, 'mean']:.2f}"
+
+
+def _hours(found: Sequence[dict[str, Any]]) -> str:
+    return f"{statistics.fmean(run['seconds'] for run in found) / 3600:.2g}"
