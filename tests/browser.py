@@ -94,17 +94,11 @@ class Page:
                     self.problems.append(details.get("exception", {}).get("description", details["text"]))
             case "Runtime.consoleAPICalled" if told["type"] == "error":
                 self.problems.append(" ".join(str(a.get("value", a.get("description"))) for a in told["args"]))
-            case "Log.entryAdded" if told["entry"]["level"] == "error" and not self._foreign(
-                told["entry"].get("url", "")
-            ):
+            case "Log.entryAdded" if told["entry"]["level"] == "error":
                 self.problems.append(f"{told['entry']['text']} {told['entry'].get('url', '')}")
             case "Network.responseReceived" if told["response"]["status"] >= 400:
                 self.problems.append(f"{told['response']['status']} {told['response']['url']}")
         return message
-
-    def _foreign(self, url: str) -> bool:
-        """MathJax comes from elsewhere: where there is no network, it does not come."""
-        return url.startswith(("http:", "https:")) and not url.startswith(self.site)
 
 
 @contextmanager

@@ -52,7 +52,7 @@ def test_stored_outputs_are_those_of_one_clean_run(path: Path) -> None:
 @pytest.mark.parametrize("chapter", chapters())
 def test_the_first_code_cell_sets_the_chapter_up(chapter: str) -> None:
     cell = first_code_cell(notebook_path(chapter))
-    assert {"setup", "hide-input"} <= set(cell["metadata"]["tags"])
+    assert {"setup", "remove-input"} <= set(cell["metadata"]["tags"])
     assert "".join(cell["source"]) == setup_cell(), f"dfkd refresh {chapter} brings it in line"
 
 

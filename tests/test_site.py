@@ -84,6 +84,14 @@ def test_a_phone_shows_every_page_without_sideways_scrolling(page: Page) -> None
     assert wide == {}
 
 
+def test_equations_are_set_without_a_network(page: Page) -> None:
+    page.open("book/chapters/dfad.html", settle=2)
+    drawn, written = page.run('["mjx-container", ".math"].map(kind => document.querySelectorAll(kind).length)')
+    assert drawn == written > 10
+    addresses = page.run('performance.getEntriesByType("resource").map(entry => entry.name)')
+    assert [address for address in addresses if not address.startswith((page.site, "data:"))] == []
+
+
 def test_search_finds_contrastive(page: Page) -> None:
     page.open("search.html?q=contrastive", settle=0.5)
     script = """new Promise(done => { const look = () => {

@@ -79,7 +79,7 @@ def notebook() -> dict[str, object]:
     return {
         "cells": [
             title,
-            cell(setup_cell(), "hide-input", "setup", number=1),
+            cell(setup_cell(), "remove-input", "setup", number=1),
             cell(PARAMETERS, "parameters", number=2),
             cell(WORK, number=3),
             cell(TROUBLE, number=4),

@@ -17,7 +17,7 @@ from ..files import write_text
 from ..locations import PACKAGE, book_root, repository_root
 from .parameters import notebook_path, parameters
 
-# The first code cell of every chapter, tagged `setup` and `hide-input`.
+# The first code cell of every chapter, tagged `setup` and `remove-input`.
 SETUP_CELL = """\
 # On Colab: install the library that this chapter runs on, once.
 import importlib.util

@@ -151,7 +151,7 @@ def versions() -> HTML:
 
 
 def hyperparameters(chapter: str, origins: Mapping[str, str]) -> HTML:
-    """Every parameter of a chapter with its value in each profile.
+    """Every parameter of a chapter with its value in the paper profile, in each of the others, its origin and meaning.
 
     Args:
         origins: where the value of the paper profile comes from, for those that come from somewhere; the other
@@ -160,11 +160,12 @@ def hyperparameters(chapter: str, origins: Mapping[str, str]) -> HTML:
     import pandas as pd
 
     known = parameters.parameters(chapter)
-    sets = {name: parameters.profile(chapter, name) for name in parameters.profiles(chapter)}
+    profiles = sorted(parameters.profiles(chapter), key=lambda name: name != "paper")
+    sets = {name: parameters.profile(chapter, name) for name in profiles}
     rows = [
         {"parameter": name}
         | {profile: _plain(values.get(name, parameter.default)) for profile, values in sets.items()}
-        | {"meaning": parameter.help, "origin": origins.get(name, "ours")}
+        | {"origin": origins.get(name, "ours"), "meaning": parameter.help}
         for name, parameter in known.items()
         if name not in ("profile", "seed", "device", "threads", "out")
     ]

@@ -173,7 +173,7 @@ def _render(source: Path, target: Path, strict: bool) -> Path:
         print(line)
     if failed or not (html / "index.html").is_file():
         raise DFKDError("Jupyter Book did not build the book; the lines above say why")
-    _without_thebe(html)
+    _without_doubles(html)
     return html / "index.html"
 
 
@@ -190,7 +190,7 @@ def _render_single(source: Path, target: Path) -> Path:
 
 
 def _self_contained(page: Path) -> str:
-    """The text of a page with its local styles and pictures inside and its local scripts left out."""
+    """The text of a page with its local styles, pictures and MathJax inside, and its other local scripts left out."""
 
     def local(address: str) -> Path:  # Sphinx writes a root page in a folder as if it lay at the top
         name = address.split("?")[0].split("#")[0]
@@ -203,6 +203,11 @@ def _self_contained(page: Path) -> str:
         kind = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
         return f"{found[1]}data:{kind};base64,{base64.b64encode(path.read_bytes()).decode()}{found[3]}"
 
+    def script(found: re.Match[str]) -> str:
+        path = local(found[1])
+        inside = path.parent.name == "mathjax" and path.is_file()
+        return f'<script id="mathjax">{path.read_text(encoding="utf-8")}</script>' if inside else ""
+
     def style(found: re.Match[str]) -> str:
         address = re.search(r'href="([^"]+\.css[^"]*)"', found[0])
         path = local(address[1]) if address else page
@@ -210,8 +215,8 @@ def _self_contained(page: Path) -> str:
 
     plain = "<style>.bd-sidebar-primary, .bd-header-article, .skip-link {display: none !important}</style></head>"
     text = re.sub(r"<link[^>]*>", style, page.read_text(encoding="utf-8")).replace("</head>", plain, 1)
-    text = re.sub(r'<script[^>]*src="(?!https?:)[^"]*"[^>]*></script>', "", text)
     text = re.sub(r"<script>(?!window\.MathJax).*?</script>", "", text, flags=re.S)  # they steer what was left out
+    text = re.sub(r'<script[^>]*src="((?!https?:)[^"]*)"[^>]*></script>', script, text)
     return re.sub(r'(<img[^>]*src=")(?!data:|https?:)([^"]+)(")', picture, text)
 
 
@@ -225,9 +230,13 @@ def _plain_style(path: Path) -> str:
     return re.sub(r"url\((?![\"']?(?:data:|#))[^)]*\)", "none", re.sub(r"@font-face\s*\{[^}]*\}", "", text))
 
 
-def _without_thebe(html: Path) -> None:
-    """Take out the scripts of Thebe, which no page uses and which Jupyter Book puts in twice: an error in browsers."""
-    scripts = r"<script>const THEBE_JS_URL.*?</script>|<script[^>]*sphinx-thebe[^>]*></script>"
+def _without_doubles(html: Path) -> None:
+    """Take out what Jupyter Book puts in twice, an error in browsers: Thebe, which no page uses, and MathJax, which it
+    takes for a script of the book's own beside the deferred one of pages with equations."""
+    scripts = (
+        r"<script>const THEBE_JS_URL.*?</script>|<script[^>]*sphinx-thebe[^>]*></script>"
+        r'|<script src="[^"]*/mathjax/[^"]*"></script>'
+    )
     for page in html.rglob("*.html"):
         text = page.read_text(encoding="utf-8")
         if (plain := re.sub(scripts, "", text)) != text:
