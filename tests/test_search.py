@@ -57,3 +57,16 @@ def test_trials_are_recorded_and_run_once(tmp_path):
     second = run()
     assert second["trials"][:2] == first["trials"], "kept, not run again"
     assert len(second["trials"]) == 3
+
+
+def test_the_presets_are_the_best_trials_of_the_stored_search():
+    folder = ROOT / "benchmarks"
+    plan = yaml.safe_load((folder / "search-mnist.yml").read_text())
+    trials = json.loads((folder / "search-mnist.json").read_text())["trials"]
+    assert {name: len([t for t in trials if t["method"] == name]) for name in plan["methods"]} == dict.fromkeys(
+        plan["methods"], 3
+    )
+    for name in plan["methods"]:
+        best = max((t for t in trials if t["method"] == name), key=lambda t: t["held-out accuracy"])
+        found = distillers.settings_for(name, preset="paper", n_updates=1000, **best["settings"])
+        assert found == distillers.settings_for(name, preset="mnist", n_updates=1000), name

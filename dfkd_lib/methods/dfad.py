@@ -97,8 +97,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "loss": "KL", "k": 1, "latent_dim": 32, "ngf": 16, "batch_size": 64, "lr_student": 0.2, "weight_decay": 1e-4,
     },
     "mnist": {
-        "latent_dim": 100, "ngf": 32, "batch_size": 128, "lr_student": 0.02, "lr_generator": 3e-3,
-        "weight_decay": 1e-4,
+        "latent_dim": 100, "ngf": 16, "batch_size": 64, "lr_student": 0.02, "lr_generator": 3e-3,
+        "weight_decay": 1e-4, "k": 2,
     },
     "cifar10": {},
 }  # fmt: skip

@@ -79,6 +79,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr_generator": 3e-3,
         "bn": 10.0,
         "bn_scale": "relative",
+        "balance": 5.0,
         "samples_in_eval": False,
     },
     # Fewer student updates per call, so that 8,000 of them leave the generator 2,000 (the toolbox: 8,000).

@@ -104,7 +104,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mnist": _GREY
     | {
         "batch_size": 64, "kd_steps": 20, "temperature": 4.0, "lr_student": 0.1, "latent_dim": 128,
-        "synthesis_batch": 64, "warmup": 15, "pad": 2, "bn_scale": "relative",
+        "synthesis_batch": 64, "warmup": 15, "pad": 2,
     },
     # The authors' 220 calls on a tenth of their student updates.
     "cifar10": {"kd_steps": 40, "bn_scale": "relative"},

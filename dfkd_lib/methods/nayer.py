@@ -131,7 +131,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "mnist": {
         "batch_size": 64, "kd_steps": 50, "temperature": 4.0, "lr_student": 0.1, "warmup": 4, "batches_warmup": 2,
         "batches": 1, "synthesis_batch": 60, "g_steps": 30, "g_life": 5, "lr_generator": 0.01, "embedding_dim": 128,
-        "latent_dim": 256, "ngf": 16, "pad": 2, "flip": False, "bank_size": 20_000, "bn_scale": "relative",
+        "latent_dim": 256, "ngf": 16, "pad": 2, "flip": False, "bank_size": 20_000, "bn": 10.0,
     },
     # The authors' batches of the student are 512. 100 outer iterations as theirs, with half the new images in each
     # and a quarter of the warm-up.
