@@ -1,6 +1,6 @@
 # make book [PROFILE=smoke]   run every chapter, then build the book from what was run
 # make test                   everything that a change must pass
-# make test-slow              every method at every scale against its floor; hours, with what data DFKD_DATA has
+# make test-slow              every method compiled, and at every scale against its floor; hours, with what data DFKD_DATA has
 # make clean                  forget what was built; the environment and the cached teachers stay
 PYTHON ?= python3
 VENV ?= .venv
@@ -19,7 +19,7 @@ test: $(INSTALLED)
 	$(BIN)/python -m dfkd_lib test
 
 test-slow: $(INSTALLED)
-	$(BIN)/python -m pytest -m slow tests/test_floors.py
+	$(BIN)/python -m pytest -m slow tests/test_compiling.py tests/test_floors.py
 
 install: $(INSTALLED)
 

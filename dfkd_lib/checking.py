@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .compiling import as_written
 from .errors import InputError, first_line
 from .lending import copied
 from .runtime import Runtime, random_state_kept
@@ -124,7 +125,7 @@ def examine_teacher(
     if not over_images > 0:
         raise InputError("the teacher's logits are the same for all images, noisy, dark and bright; check its weights")
     if gradient:
-        with in_eval_mode(teacher), random_state_kept(runtime.device):
+        with in_eval_mode(teacher), as_written(), random_state_kept(runtime.device):
             _check_image_gradient(teacher, x, runtime)
     warnings = []
     if not torch.allclose(logits, again, rtol=1e-2, atol=1e-3):

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from .compiling import compiled, pays
 from .errors import InputError, unknown
 
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -27,7 +28,8 @@ class Runtime:
         precision: name in `PRECISIONS`; 16-bit precisions run under autocast, with float32 weights.
         channels_last: memory format of image networks and batches.
         seed: the run's seed; every random stream derives from it and a name.
-        compile: whether `prepare` sends a module's forward through `torch.compile`.
+        compile: whether networks go through `torch.compile`, see :mod:`dfkd_lib.compiling`.
+        not_compiled: why they do not, though that was asked for, or "".
         graphs: whether updates are recorded and replayed, see :class:`dfkd_lib.training.replay.Replay`.
     """
 
@@ -37,6 +39,7 @@ class Runtime:
     seed: int = 0
     compile: bool = False
     graphs: bool = False
+    not_compiled: str = ""
     dtype: torch.dtype = field(init=False)
 
     def __post_init__(self) -> None:
@@ -52,7 +55,8 @@ class Runtime:
         *,
         seed: int = 0,
         channels_last: bool | None = None,
-        compile: bool = False,
+        compile: bool | str = False,
+        updates: int = 0,
         graphs: bool | None = None,
         threads: int = 0,
     ) -> Runtime:
@@ -64,11 +68,14 @@ class Runtime:
                 cards, float32 elsewhere.
             seed: any integer of 64 bits; also seeds torch's global generators.
             channels_last: None follows the precision: on for 16 bits, off otherwise.
+            compile: "auto" compiles what has enough updates ahead and a C++ compiler at hand; what is not compiled
+                though it was asked for is said by :meth:`describe`.
+            updates: how many the run will take, for that.
             graphs: None is on for CUDA, but for float16, whose gradient scaling decides on the processor.
             threads: CPU threads for torch; 0 leaves torch's own choice.
 
         Raises:
-            InputError: unknown device or precision, or a device that this machine does not have.
+            InputError: unknown device, precision or value of `compile`, or a device that this machine does not have.
         """
         chosen = _device(device)
         if precision == "auto":
@@ -92,7 +99,8 @@ class Runtime:
         if chosen.type == "cuda":
             torch.backends.cudnn.benchmark = True  # shapes stay the same from update to update
         torch.manual_seed(seed)
-        return cls(chosen, precision, channels_last, seed, compile, graphs)
+        compiles, why_not = pays(compile, chosen, updates)
+        return cls(chosen, precision, channels_last, seed, compiles, graphs, why_not)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which forward passes run: autocast for 16-bit precisions, nothing otherwise."""
@@ -107,9 +115,7 @@ class Runtime:
     def prepare(self, module: M) -> M:
         """Move a module to the device, data type and memory format of this run; compile it if the run asks so."""
         module = module._apply(self._converted)
-        if self.compile:
-            module.compile()
-        return module
+        return compiled(module) if self.compile else module
 
     def _converted(self, weight: torch.Tensor) -> torch.Tensor:
         """What `nn.Module.to` does to each, but for weights of 3-d convolutions, complex buffers and whole numbers."""
@@ -131,6 +137,7 @@ class Runtime:
         """One line: what was chosen, on which hardware."""
         layout = "channels-last" if self.channels_last else "contiguous"
         how = (", compiled" if self.compile else "") + (", graphs" if self.graphs else "")
+        how += f", not compiled ({self.not_compiled})" if self.not_compiled else ""
         hardware = hardware_name(self.device)
         if self.device.type == "cpu":
             hardware += f", {torch.get_num_threads()} threads"

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from conftest import classifier, generator, parameters_of, same, snapshot
 from torch import nn
 
-from benchmarks.dfad_step import SETTINGS, PlainLoop
-from benchmarks.dfad_step import players as benchmark_players
+from benchmarks.plain_games import PlainDFAD
+from benchmarks.speed import DFAD as SETTINGS
+from benchmarks.speed import generator as benchmark_generator
+from benchmarks.speed import players as benchmark_players
 from dfkd_lib import data, models
 from dfkd_lib.errors import InputError
 from dfkd_lib.measures.evaluation import accuracy
@@ -101,7 +103,7 @@ def test_log_generator_loss_divides_the_generator_gradient(float64):
 
 
 def test_three_iterations_equal_the_plain_loop(float64):
-    ours, plain = game(float64), PlainLoop(*players(), SMALL, float64)
+    ours, plain = game(float64), PlainDFAD(*players(), SMALL, float64)
     for _ in range(3):
         ours.step()
         plain.step()
@@ -114,8 +116,8 @@ def test_three_iterations_of_wide_resnets_equal_the_plain_loop(float64):
     """The benchmark's own networks, at a batch that a test can afford."""
     small = replace(SETTINGS, batch_size=4, k=2)
     names = ("wrn16_2", "wrn16_1")
-    ours = DFAD(*benchmark_players(*names), small, float64)
-    plain = PlainLoop(*benchmark_players(*names), small, float64)
+    ours = DFAD(*benchmark_players(*names), benchmark_generator(), small, float64)
+    plain = PlainDFAD(*benchmark_players(*names), benchmark_generator(), small, float64)
     for _ in range(3):
         ours.step()
         plain.step()

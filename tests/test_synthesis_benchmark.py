@@ -9,11 +9,15 @@ import torch
 from conftest import classifier
 from torch import nn
 
-from benchmarks.synthesis import CMI, FAST, METHODS, PlainCMI, PlainFast, short
-from dfkd_lib import distillers
-from dfkd_lib.methods import cmi, fast
+from benchmarks.plain_games import PlainMosaicKD, PlainTraining
+from benchmarks.plain_inversion import PlainCMI, PlainDFQ, PlainFast
+from benchmarks.speed import CMI, DFQ, FAST, MOSAIC, RECIPE, Row, measure, noise
+from benchmarks.synthesis import METHODS, short
+from dfkd_lib import distillers, models
+from dfkd_lib.methods import cmi, dfq, fast, mosaickd
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.taps import Seen
+from dfkd_lib.training.supervised import Supervised
 
 TINY = {"batch_size": 8, "synthesis_batch": 12, "latent_dim": 6, "ngf": 4, "pad": 1, "kd_steps": 2, "bank_size": 100}
 
@@ -60,6 +64,58 @@ def test_cmi_equals_its_plain_loop(float64):
     plain = PlainCMI(*players(), ours.generator, ours.discriminator.head, settings, float64)
     run_both(ours, plain)
     assert_same(ours.discriminator.head, plain.head)
+
+
+def colour_players() -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    networks = [models.build("lenet5_bn", n_classes=10, in_channels=3, mean=[0.5] * 3, std=[0.25] * 3) for _ in "ts"]
+    return networks[0], networks[1]
+
+
+def test_dfq_equals_its_plain_loop(float64):
+    settings = replace(DFQ, batch_size=8, kd_steps=2, latent_dim=6, ngf=4)
+    ours = dfq.DFQ(*players(), (1, 8, 8), settings, float64)
+    plain = PlainDFQ(*players(), ours.generator, settings, float64)
+    for _ in range(3):
+        ours.step()
+        plain.step()
+    assert_same(ours.student, plain.student)
+    assert_same(ours.generator, plain.generator)
+
+
+def test_mosaickd_equals_its_plain_loop(float64):
+    settings = replace(MOSAIC, batch_size=4, kd_steps=2, latent_dim=6)
+
+    def four() -> list[nn.Module]:
+        pixels = {"image_shape": (3, 32, 32), "mean": [0.5] * 3, "std": [0.25] * 3}
+        pair = colour_players()
+        generator = models.build_generator("toolbox_large", latent_dim=6, ngf=2, **pixels)
+        return [*pair, generator, models.build_discriminator("patch5", ndf=4, **pixels)]
+
+    ours = mosaickd.MosaicKD(*four(), noise(16), settings, float64)
+    plain = PlainMosaicKD(*four(), noise(16), settings, float64)
+    for _ in range(2):
+        ours.step()
+        plain.step()
+    for player in ("student", "generator", "discriminator"):
+        assert_same(getattr(ours, player), getattr(plain, player))
+
+
+def test_training_equals_its_plain_loop(float64):
+    recipe = replace(RECIPE, batch_size=8)
+    ours = Supervised(colour_players()[0], noise(16), recipe, float64)
+    plain = PlainTraining(colour_players()[0], noise(16), recipe, float64)
+    for _ in range(3):
+        ours.step()
+        plain.step()
+    assert_same(ours.student, plain.network)
+
+
+def test_a_line_of_the_benchmark_tells_ratio_and_rate(float32):
+    a, b = torch.rand(64, 64), torch.rand(64, 64)
+    row = Row(lambda runtime: None, lambda method: lambda: a @ b, lambda runtime, ours: lambda: [a @ b for _ in "12"])
+    line = measure("product", row, {"as written": float32}, float32, rounds=2)
+    assert line.startswith("product: plain ") and "as written" in line and "ratio" in line and "rate" in line
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -27,6 +27,7 @@ from ..data import resized_crop_flip
 from ..errors import InputError
 from ..runtime import Runtime
 from ..taps import Seen, batch_norm_layers, tapped
+from ..training.modes import still
 from ..training.players import Resumable, adam, check_positive, recordable, start_anew
 from ..training.replay import Replay
 from .distiller import BankDistiller, Distillation
@@ -340,6 +341,6 @@ class CMI(BankDistiller):
 
     def _count_features(self) -> int:
         x = self.runtime.images(torch.full((1, *self.image_shape), 0.5, device=self.runtime.device))
-        with torch.no_grad(), self.runtime.autocast(), tapped(self.layers) as seen:
+        with still(self.teacher), self.runtime.autocast(), tapped(self.layers) as seen:
             self.teacher(x)
         return features(seen).shape[1]

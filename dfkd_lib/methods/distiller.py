@@ -19,10 +19,11 @@ from torch.optim import Optimizer
 from .. import losses
 from ..banks import ImageBank
 from ..checking import common_classes
+from ..compiling import shown
 from ..data import crop_flip
 from ..errors import InputError, unknown
 from ..runtime import Runtime
-from ..taps import Seen, tapped
+from ..taps import Seen
 from ..training.budget import Budget
 from ..training.modes import evaluating
 from ..training.players import (
@@ -198,9 +199,8 @@ class Distiller(Resumable, ABC):
 
     def look(self, x: Tensor, layers: Sequence[nn.Module] = ()) -> tuple[Tensor, list[Seen]]:
         """The teacher's logits on x in full precision, and what it showed its batch-norm layers on the way."""
-        with tapped(layers) as seen:
-            t = self.teacher(self.runtime.images(x)).to(self.runtime.dtype)
-        return t, seen
+        t, seen = shown(self.teacher, layers, self.runtime.images(x))
+        return t.to(self.runtime.dtype), seen
 
     def opinion(self, x: Tensor) -> Tensor:
         """The student's logits on x in full precision."""

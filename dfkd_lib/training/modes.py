@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..compiling import as_written
+
 
 @contextmanager
 def in_eval_mode(module: nn.Module) -> Iterator[None]:
@@ -23,15 +25,15 @@ def in_eval_mode(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode in inference: what comes out cannot be learnt from."""
-    with in_eval_mode(module), torch.inference_mode():
+    """Eval mode in inference, nothing compiled: what comes out cannot be learnt from."""
+    with in_eval_mode(module), as_written(), torch.inference_mode():
         yield
 
 
 @contextmanager
 def still(module: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients: what comes out is an ordinary tensor, and others can learn from it."""
-    with in_eval_mode(module), torch.no_grad():
+    """Eval mode without gradients, nothing compiled: what comes out is an ordinary tensor, others can learn from it."""
+    with in_eval_mode(module), as_written(), torch.no_grad():
         yield
 
 

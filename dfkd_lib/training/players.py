@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
+from ..compiling import compiled
 from ..errors import InputError
 from ..runtime import PRECISIONS, Runtime
 from .replay import Replay
@@ -29,8 +30,16 @@ def freeze(module: M) -> M:
 
 
 def in_compute_type(network: nn.Module, runtime: Runtime) -> nn.Module:
-    """A frozen network for use under this run's autocast: a copy whose convolutions and linear layers hold their
-    weights in the 16-bit type that autocast would bring them to at each call, or the network itself otherwise."""
+    """A frozen network as this run computes with it, compiled with constant weights if it compiles.
+
+    Under autocast it is a copy whose convolutions and linear layers hold their weights in the 16-bit type that autocast
+    would bring them to at each call, otherwise the network itself.
+    """
+    lowered = _lowered(network, runtime)
+    return compiled(lowered, frozen=True) if runtime.compile else lowered
+
+
+def _lowered(network: nn.Module, runtime: Runtime) -> nn.Module:
     if runtime.precision not in ("bfloat16", "float16"):
         return network
     try:
