@@ -10,7 +10,7 @@ import pytest
 
 from dfkd_lib.locations import PACKAGE
 
-GROUND = ["errors", "files", "locations", "runtime", "settings"]
+GROUND = ["compiling", "errors", "files", "locations", "runtime", "settings"]
 TENSORS = ["data", "losses", "taps", "banks"]
 WORK = ["training", "models", "measures"]
 OWN = ["arguments", "checking", "lending"]
@@ -20,7 +20,8 @@ ARROWS = {
     "errors": [],
     "files": ["errors"],
     "locations": ["errors"],
-    "runtime": ["errors"],
+    "compiling": ["errors", "taps"],
+    "runtime": ["compiling", "errors"],
     "settings": ["errors"],
     "data": GROUND,
     "losses": [],
