@@ -162,3 +162,12 @@ def test_table_escapes_text_and_keeps_figures_on_one_line() -> None:
     assert "&lt;b&gt;" in text and "<b>" not in text
     assert "98.3&nbsp;±&nbsp;0.1&nbsp;%" in text
     assert 'aria-label="a &quot;caption&quot;"' in text
+
+
+def test_every_committed_run_is_counted_with_its_hours_and_machine(book: Path) -> None:
+    commit(book, "a", "cpu", 0)
+    commit(book, "b", "cpu", 1)
+    page = pages.committed_runs().data
+    hours = sum(record["seconds"] for record in records.committed()) / 3600
+    assert f"The runs behind the book: 2, {hours:.1f} hours in all" in page
+    assert "cpu mnist" in page and '<td class="col-seeds"' in page and ">2</td>" in page

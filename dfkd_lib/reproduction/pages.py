@@ -124,6 +124,21 @@ def status(folder: Path | None = None) -> HTML:
     return _html(table_html(pd.DataFrame(rows)), *_perhaps_mixed(runs))
 
 
+def committed_runs() -> HTML:
+    """Every group of committed runs: scale, seeds, hours of all its runs together, and the machines."""
+    import pandas as pd
+
+    rows, hours = [], 0.0
+    for chapter in sorted({record["chapter"] for record in records.committed()}):
+        for label, runs in records.group(records.committed(chapter)).items():
+            spent = sum(run["seconds"] for run in runs) / 3600
+            machines = dict.fromkeys(str(run.get("hardware", {}).get("name", "not recorded")) for run in runs)
+            rows.append((chapter, label, tables.scale_in_words(runs[0]), len(runs), f"{spent:.2f}", ", ".join(machines)))
+            hours += spent
+    frame = pd.DataFrame(rows, columns=["chapter", "runs", "scale", "seeds", "hours", "hardware"])
+    return _html(table_html(frame, f"The runs behind the book: {len(records.committed())}, {hours:.1f} hours in all"))
+
+
 def _perhaps_mixed(found: Sequence[dict[str, Any]]) -> list[str]:
     """A line that names the runs of :func:`dfkd_lib.records.perhaps_mixed`; none if there are none."""
     by_chapter: dict[str, list[str]] = {}
