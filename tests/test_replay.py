@@ -6,12 +6,14 @@ There is no GPU here: `op_recorder` stands in for CUDA graphs and is as blind to
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from conftest import stream
 from op_recorder import OpRecorder
 from test_resume import CASES, by_name, differences
 from torch import Tensor, nn
@@ -179,3 +181,50 @@ def test_what_cannot_be_recorded_runs_as_written_and_says_so_in_one_line(monkeyp
 
 def test_a_processor_has_nothing_to_record_with(float32):
     assert Replay(lambda: None, replace(float32, graphs=True)).recorder is None
+
+
+class Stream:
+    """A stand-in for a generator of CUDA, which a recording that fails leaves in the recorded state."""
+
+    def __init__(self, device: object = None) -> None:
+        self.device, self.real, self.recorded = device, stream(), False
+
+    def get_state(self) -> Tensor:
+        return self.real.get_state()
+
+    def set_state(self, state: Tensor) -> None:
+        self.real.set_state(state)
+
+    def graphsafe_get_state(self) -> torch.Generator:
+        return self.real
+
+    def graphsafe_set_state(self, other: torch.Generator) -> None:
+        self.real, self.recorded = other, False
+
+
+class Breaking:
+    """Takes the place of `torch.cuda.graph`: draws from the stream, and fails at its end."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def __enter__(self) -> None:
+        self.stream.recorded = True
+
+    def __exit__(self, *error: Any) -> None:
+        raise RuntimeError("operation not permitted")
+
+
+def test_a_recording_that_fails_leaves_the_random_streams_as_they_were(monkeypatch):
+    drawn, graph = Stream(), type("Graph", (), {"register_generator_state": lambda self, stream: None})
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: Breaking(drawn))
+    recorder = object.__new__(replay.CudaRecorder)
+    recorder.stream = None
+    before = drawn.get_state()
+    with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="not permitted"):
+        fresh = Stream()
+        patched.setattr(torch, "Generator", lambda device: fresh)
+        recorder.record(lambda: torch.rand(5, generator=drawn.real), [drawn])
+    assert torch.equal(drawn.get_state(), before) and not drawn.recorded
+    assert gc.isenabled()

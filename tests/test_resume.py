@@ -114,7 +114,7 @@ def fine_tuning(runtime: Runtime) -> Method:
 
 
 def grafted(objective: str, runtime: Runtime) -> Method:
-    x = torch.rand(2, *SHAPE)
+    x = runtime.images(torch.rand(2, *SHAPE))
     teacher = chains.cut(runtime.prepare(network()), ["4", "9"], x)
     student = chains.cut(runtime.prepare(network(width=4, seed=1)), ["4", "9"], x)
     scions = grafting.scions(teacher, student, x)
