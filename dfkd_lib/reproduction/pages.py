@@ -133,7 +133,8 @@ def committed_runs() -> HTML:
         for label, runs in records.group(records.committed(chapter)).items():
             spent = sum(run["seconds"] for run in runs) / 3600
             machines = dict.fromkeys(str(run.get("hardware", {}).get("name", "not recorded")) for run in runs)
-            rows.append((chapter, label, tables.scale_in_words(runs[0]), len(runs), f"{spent:.2f}", ", ".join(machines)))
+            scale = tables.scale_in_words(runs[0])
+            rows.append((chapter, label, scale, len(runs), f"{spent:.2f}", ", ".join(machines)))
             hours += spent
     frame = pd.DataFrame(rows, columns=["chapter", "runs", "scale", "seeds", "hours", "hardware"])
     return _html(table_html(frame, f"The runs behind the book: {len(records.committed())}, {hours:.1f} hours in all"))
