@@ -2,6 +2,11 @@
 
 :meth:`dfkd_lib.runtime.Runtime.prepare` gives every network of a compiled run a :class:`Compiled`. That of a frozen
 teacher has its weights as constants, and its batch norm folded into convolutions, where nothing asks for a gradient.
+
+Measured on one thread of a busy server processor in float32, batch 128, by turns in one process: a WRN-40-2 answers
+1.3 times as fast, and gives gradients with respect to its images 1.4 to 1.7 times as fast; an update of a WRN-16-1 is
+1.3 times as fast. Constant weights add next to nothing there, because few of its batch norms follow a convolution.
+Compiling took one to four minutes a network, and 6 to 21 seconds where torch found its kernels in its cache.
 """
 
 from __future__ import annotations
