@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny_book
 
+import dfkd_lib
 from dfkd_lib.errors import InputError
 from dfkd_lib.reproduction import notebooks
 from dfkd_lib.reproduction.notebooks import ChapterFailed
@@ -63,6 +64,22 @@ def test_a_run_leaves_its_notebook_and_record(chapter: Path, tmp_path: Path) -> 
     injected = [c for c in json.loads(path.read_text())["cells"] if "injected-parameters" in c["metadata"]["tags"]]
     assert [c["source"] for c in injected] == [["# Parameters\n", "lr = 0.25\n"]]
     assert (os.getcwd(), dict(os.environ)) == before
+
+
+def test_the_kernel_is_of_this_interpreter_and_this_library(
+    chapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "jupyter" / "kernels" / "python3" / "kernel.json"  # as a hub may have it
+    other.parent.mkdir(parents=True)
+    other.write_text(json.dumps({"argv": ["/no/python3", "-f", "{connection_file}"], "display_name": "x"}))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    asks = (
+        "import sys, dfkd_lib\\nPath(folder, 'who').write_text(sys.executable + ' ' + dfkd_lib.__file__)\\nrecord = {"
+    )
+    chapter.write_text(chapter.read_text().replace("record = {", asks, 1))
+    notebooks.execute("tiny", tmp_path / "out", {"profile": "smoke"})
+    assert (tmp_path / "out" / "who").read_text() == f"{sys.executable} {dfkd_lib.__file__}"
 
 
 @pytest.mark.parametrize(

@@ -144,3 +144,10 @@ def test_a_broken_notebook_is_named(book: Path) -> None:
     path.write_text('{"cells": []}')
     with pytest.raises(DamagedFile, match="needs exactly one"):
         ps.parameters("tiny")
+
+
+def test_a_list_is_empty_only_where_the_help_says_what_that_means() -> None:
+    assert Parameter("x", [1], "[1..]", "steps; none: all").check([]) == []
+    assert Parameter("x", []).check([]) == []
+    with pytest.raises(InputError, match=r"parameter x: \[\] must have at least one element"):
+        Parameter("x", [1], "[1..]", "steps").check([])

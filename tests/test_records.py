@@ -9,7 +9,7 @@ import pytest
 from conftest import classifier, generator
 
 from dfkd_lib import records
-from dfkd_lib.errors import DamagedFile, DFKDError
+from dfkd_lib.errors import DamagedFile, DFKDError, InputError
 from dfkd_lib.files import lock
 from dfkd_lib.methods.dfad import DFAD, Settings
 from dfkd_lib.reproduction.chapter import Chapter
@@ -139,3 +139,24 @@ def test_one_folder_serves_one_process_at_a_time(tmp_path, monkeypatch):
     Chapter("dfad", namespace(out=str(tmp_path)))  # its cell was run again
     with pytest.raises(DFKDError, match="in use by another process"), lock(tmp_path / ".lock", timeout=0):
         pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed": 1.5}, "parameter seed: 1.5 must be of type int"),
+        ({"parts": ["gradient"]}, "parameter parts"),
+        ({"parts": "gradients"}, "must be a list"),
+        ({"lr_student": 0.0}, "must be in"),
+        ({"seed": 2**70}, "more than 63 bits"),
+    ],
+)
+def test_a_notebook_that_papermill_runs_checks_its_parameters_too(changes, words):
+    with pytest.raises(InputError, match=words):
+        Chapter("dfad", namespace(**changes))
+
+
+def test_a_chapter_of_another_copy_of_the_library_says_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("DFKD_PACKAGE", str(tmp_path / "dfkd_lib"))
+    with pytest.raises(InputError, match="two packages dfkd_lib are on the path"):
+        Chapter("dfad", namespace())

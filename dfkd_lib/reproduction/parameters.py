@@ -2,7 +2,8 @@
 
 The cell tagged `parameters` is the smoke profile. Each of its lines is `name = value  # [range] help`, where the
 range is `[1..]`, `[0..1]`, `[..5]`, `(0..]` (a round bracket excludes the bound) or `{a|b|c}`, or is left out; the
-range of a list holds for each of its elements. The other profiles are `book/profiles/CHAPTER/NAME.yml`.
+range of a list holds for each of its elements, of which there is at least one, unless the help says what `none:` would
+mean. The other profiles are `book/profiles/CHAPTER/NAME.yml`.
 """
 
 from __future__ import annotations
@@ -69,6 +70,8 @@ class Parameter:
             return self._in_range(self._typed(value, self.default), value)
         if not isinstance(value, list):
             raise self._error(value, f"must be a {self.type}, such as {self.default}")
+        if not value and self.default and "none:" not in self.help:
+            raise self._error(value, "must have at least one element")
         return [self._in_range(self._typed(v, self.default[0]) if self.default else v, value) for v in value]
 
     def parse(self, text: str) -> Any:
