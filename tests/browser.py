@@ -90,8 +90,7 @@ class Page:
                 self.loaded = True
             case "Runtime.exceptionThrown":
                 details = told["exceptionDetails"]
-                if not self._foreign(details.get("url", "")):
-                    self.problems.append(details.get("exception", {}).get("description", details["text"]))
+                self.problems.append(details.get("exception", {}).get("description", details["text"]))
             case "Runtime.consoleAPICalled" if told["type"] == "error":
                 self.problems.append(" ".join(str(a.get("value", a.get("description"))) for a in told["args"]))
             case "Log.entryAdded" if told["entry"]["level"] == "error":

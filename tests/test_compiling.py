@@ -44,7 +44,14 @@ def played(method: Method, n_steps: int = 3) -> list[dict[str, Tensor]]:
     return [method.step() for _ in range(n_steps)]
 
 
-@pytest.mark.parametrize("build", WHAT_IS_COMPILED.values(), ids=WHAT_IS_COMPILED)
+LONG = ("nayer", "mosaickd", "cmi", "adi", "dafl", "dfq", "deepinversion")  # to trace, tens of seconds together
+
+
+@pytest.mark.parametrize(
+    "build",
+    [pytest.param(build, marks=[pytest.mark.slow] * (name in LONG)) for name, build in WHAT_IS_COMPILED.items()],
+    ids=WHAT_IS_COMPILED,
+)
 def test_a_traced_method_is_the_method_as_written(build: Callable[[Runtime], Method], traced: None) -> None:
     written, ours = build(WRITTEN), build(COMPILED)
     torch._dynamo.utils.counters.clear()

@@ -118,3 +118,4 @@ def test_the_book_in_one_page_needs_nothing_beside_it(site: Path) -> None:
         tab.open("book.html")
         seen = tab.run(LOOK)
         assert tab.problems == [] and seen["broken"] == [] and seen["text"] > 20_000
+        assert tab.run('document.querySelectorAll("mjx-container").length') > 50

@@ -205,7 +205,7 @@ def _self_contained(page: Path) -> str:
 
     def script(found: re.Match[str]) -> str:
         path = local(found[1])
-        inside = path.parent.name == "mathjax" and path.is_file()
+        inside = path.parent.name == "mathjax" and "defer" in found[0] and path.is_file()  # it stands there twice
         return f'<script id="mathjax">{path.read_text(encoding="utf-8")}</script>' if inside else ""
 
     def style(found: re.Match[str]) -> str:
