@@ -1,4 +1,4 @@
-"""Networks whose passes go through `torch.compile`, where that pays; what taps, hooks and checks see stays the same.
+"""Networks whose passes go through `torch.compile`; what taps, hooks and checks see stays the same.
 
 :meth:`dfkd_lib.runtime.Runtime.prepare` gives every network of a compiled run a :class:`Compiled`. That of a frozen
 teacher has its weights as constants, and its batch norm folded into convolutions, where nothing asks for a gradient.
@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .errors import InputError, first_line
+from .errors import first_line
 from .taps import Seen, tapped
 
 WORTH_IT = 1000  # updates; about as many as earn back compiling a WRN-16-1 that learns on 32 images at a time
@@ -162,29 +162,14 @@ def as_written() -> Iterator[None]:
         _looking[0] -= 1
 
 
-def pays(wanted: bool | str, device: torch.device, updates: int) -> tuple[bool, str]:
-    """Whether a run is compiled.
-
-    Args:
-        wanted: True or False, or "auto" for runs of `WORTH_IT` updates or more.
-        updates: how many the run will take; 0 if that is not known.
-
-    Returns:
-        That, and if it was wanted or "auto" and is not to be, why.
-
-    Raises:
-        InputError: `wanted` is something else.
-    """
-    if wanted not in (True, False, "auto"):
-        raise InputError(f"compile must be True, False or 'auto', not {wanted!r}")
-    if wanted == "auto" and updates < WORTH_IT:
-        return False, f"{updates} updates are too few to earn back the time of compiling"
+def hindrance(device: torch.device) -> str:
+    """Why networks cannot be compiled for a device here; empty if they can."""
     compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-    if wanted and shutil.which(compiler) is None:
-        return False, f"there is no C++ compiler {compiler}; the environment variable CXX can name one"
-    if wanted and device.type == "cuda" and find_spec("triton") is None:
-        return False, "the package triton is not installed"
-    return bool(wanted), ""
+    if shutil.which(compiler) is None:
+        return f"there is no C++ compiler {compiler}; the environment variable CXX can name one"
+    if device.type == "cuda" and find_spec("triton") is None:
+        return "the package triton is not installed"
+    return ""
 
 
 def _compile(function: Callable[..., Any], **options: bool) -> Callable[..., Any]:

@@ -105,6 +105,16 @@ def label(record: dict[str, Any]) -> str:
     return " ".join([record["profile"], *tested])
 
 
+def scale(record: dict[str, Any]) -> str:
+    """Which of `SCALES` the record's profile is a variant of, such as "cpu" for "cpu-mnist"."""
+    return str(record["profile"]).split("-")[0]
+
+
+def on_gpu(record: dict[str, Any]) -> bool:
+    """Whether the run was made on a CUDA device."""
+    return str(record.get("hardware", {}).get("device", "")).startswith("cuda")
+
+
 def group(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """Records that differ by seed only, by label, the largest scale first.
 
@@ -118,9 +128,8 @@ def group(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
         groups.setdefault((record["chapter"], label(record), repr(sorted(rest.items()))), []).append(record)
 
     def order(key: tuple[str, str, str]) -> tuple[int, str, int, str]:
-        profile = groups[key][0]["profile"].split("-")[0]
-        scale = SCALES.index(profile) if profile in SCALES else len(SCALES)
-        return scale, key[1], -len(groups[key]), key[2]
+        of = scale(groups[key][0])
+        return SCALES.index(of) if of in SCALES else len(SCALES), key[1], -len(groups[key]), key[2]
 
     named: dict[str, list[dict[str, Any]]] = {}
     for key in sorted(groups, key=order):

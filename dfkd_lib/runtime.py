@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from .compiling import compiled, pays
+from .compiling import compiled, hindrance
 from .errors import InputError, unknown
 
 PRECISIONS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -55,8 +55,7 @@ class Runtime:
         *,
         seed: int = 0,
         channels_last: bool | None = None,
-        compile: bool | str = False,
-        updates: int = 0,
+        compile: bool = False,
         graphs: bool | None = None,
         threads: int = 0,
     ) -> Runtime:
@@ -68,14 +67,13 @@ class Runtime:
                 cards, float32 elsewhere.
             seed: any integer of 64 bits; also seeds torch's global generators.
             channels_last: None follows the precision: on for 16 bits, off otherwise.
-            compile: "auto" compiles what has enough updates ahead and a C++ compiler at hand; what is not compiled
-                though it was asked for is said by :meth:`describe`.
-            updates: how many the run will take, for that.
+            compile: whether networks go through `torch.compile`; why they do not, though that was asked for, is said by
+                :meth:`describe`.
             graphs: None is on for CUDA, but for float16, whose gradient scaling decides on the processor.
             threads: CPU threads for torch; 0 leaves torch's own choice.
 
         Raises:
-            InputError: unknown device, precision or value of `compile`, or a device that this machine does not have.
+            InputError: unknown device or precision, or a device that this machine does not have.
         """
         chosen = _device(device)
         if precision == "auto":
@@ -99,8 +97,8 @@ class Runtime:
         if chosen.type == "cuda":
             torch.backends.cudnn.benchmark = True  # shapes stay the same from update to update
         torch.manual_seed(seed)
-        compiles, why_not = pays(compile, chosen, updates)
-        return cls(chosen, precision, channels_last, seed, compiles, graphs, why_not)
+        why_not = hindrance(chosen) if compile else ""
+        return cls(chosen, precision, channels_last, seed, compile and not why_not, graphs, why_not)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context in which forward passes run: autocast for 16-bit precisions, nothing otherwise."""

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 READS = {
     "item", "tolist", "numpy", "__array__", "cpu", "__bool__", "__float__", "__int__", "__index__", "__contains__",
@@ -30,22 +29,12 @@ NEW = {"zeros", "ones", "full", "empty", "arange", "eye", "linspace", "rand", "r
 class HostWatch(TorchFunctionMode):
     """While it is open, `found` takes a line for each such call of this project's library.
 
-    What torch does inside its own functions is its own affair, but for reading a number, which `Reads` notices.
+    What torch does inside its own functions is its own affair; numbers that it reads there a pretended device notices.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
-        self.reads = _Reads(self.found)
-
-    def __enter__(self) -> HostWatch:
-        self.reads.__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self.reads.__exit__(*error)
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -80,21 +69,3 @@ def faults(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str
         if any(isinstance(each, list) for each in index):
             found.append("an index that is a list is brought to the device")
     return found
-
-
-class _Reads(TorchDispatchMode):
-    """Notices numbers that are read anywhere but in an optimiser, whose fused form reads none on a GPU."""
-
-    def __init__(self, found: list[str]) -> None:
-        super().__init__()
-        self.found = found
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._local_scalar_dense.default:
-            frame, files = sys._getframe(1), []
-            while frame.f_back:
-                files.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
-                frame = frame.f_back
-            if not any("/torch/optim/" in at for at in files):
-                self.found.append(f"{next((at for at in files if '/dfkd_lib/' in at), files[0])}: a number is read")
-        return func(*args, **(kwargs or {}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -149,12 +150,31 @@ def test_one_seed_decides_nothing_within_what_seeds_differ_by() -> None:
     assert judge(claim(unknown), [run(NEW=0.66, THEIRS=0.6)], (), spreads).verdict == "holds"
 
 
+def test_a_ratio_of_one_run_is_held_against_the_spreads_of_both_its_parts() -> None:
+    kept = Evidence("comparison/OURS/accuracy", 0.91, of="comparison/THEIRS/accuracy")
+    one = [run(OURS=0.46, THEIRS=0.5)]  # a quotient of 0.92
+    assert judge(claim(kept), one).verdict == "holds"
+    for spreads in ({kept.metric: 0.01}, {str(kept.of): 0.01}, {"": 0.01}):
+        assert judge(claim(kept), one, (), spreads).verdict == "undecided"
+        # 0.46 / 0.5 differs by 0.01 / 0.5 and by 0.92 * 0.01 / 0.5
+        small = {key: value / 4 for key, value in spreads.items()}
+        assert judge(claim(kept), one, (), small).verdict == "holds"
+
+
 def test_an_upper_bound() -> None:
     small = Evidence("comparison/gap/value", at_most=0.001)
     record = run()
     for value, verdict in ((0.0005, "holds"), (0.001, "holds"), (0.002, "does not hold")):
         record["metrics"]["comparison/gap/value"] = value
         assert judge(claim(small), [record]).verdict == verdict
+
+
+def test_a_budget_may_count_what_a_record_measured() -> None:
+    counted = replace(BUDGET, ours=("comparison/OURS/images",))
+    record = run(OURS=0.9)
+    assert budgets.share(counted, record) is None
+    record["metrics"]["comparison/OURS/images"] = 250
+    assert budgets.share(counted, record) == 0.25
 
 
 def test_smoke_runs_decide_nothing() -> None:

@@ -35,11 +35,11 @@ def terms(claim: Claim, records: Sequence[dict[str, Any]], budgets: Sequence[Bud
 
 def share(budget: Budget, record: dict[str, Any]) -> float | None:
     """Our number over the paper's; None where the card does not know it for this dataset."""
-    parameters = record["parameters"]
-    theirs = budget.theirs.get(str(parameters.get(budget.dataset)), budget.theirs.get("any"))
-    if not theirs or not budget.ours or any(name not in parameters for name in budget.ours):
+    known = record["parameters"] | record["metrics"]
+    theirs = budget.theirs.get(str(known.get(budget.dataset)), budget.theirs.get("any"))
+    if not theirs or any(known.get(name) is None for name in budget.ours):
         return None
-    numbers = [parameters[name] for name in budget.ours]
+    numbers = [known[name] for name in budget.ours]
     return math.prod(sum(number) if isinstance(number, list) else number for number in numbers) / theirs
 
 
@@ -49,7 +49,7 @@ def _terms(budget: Budget, records: Sequence[dict[str, Any]]) -> Terms:
     if spent is not None:
         words.append(f"at {_percent(spent)} of the paper's {budget.counted}")
         small = spent < SMALL_SHARE
-    ours = [v for r in records if (v := r["metrics"].get(budget.teacher or "")) is not None]
+    ours = [v for r in records if (v := r["metrics"].get(budget.teacher)) is not None]
     theirs = budget.published.get(str(records[0]["parameters"].get(budget.dataset)))
     if ours and theirs:
         mean = statistics.fmean(ours)

@@ -73,7 +73,8 @@ class Budget:
     Attributes:
         experiments: to which of the chapter's experiments this applies; all, if empty.
         counted: what is counted, in words.
-        ours: parameters of the chapter whose product is our number; a list counts as its sum.
+        ours: parameters of the chapter, or metrics of its records, whose product is our number; a list counts as its
+            sum.
         theirs: {dataset: the paper's number}; "any" stands for the datasets that are not named.
         dataset: the parameter that names the dataset.
         teacher: key of our teacher's measure.
@@ -86,7 +87,7 @@ class Budget:
     ours: tuple[str, ...]
     theirs: dict[str, float]
     dataset: str
-    teacher: str | None
+    teacher: str
     published: dict[str, float]
 
 
@@ -289,12 +290,12 @@ def _budget(fields: _Fields) -> Budget:
     budget = Budget(
         chapter=fields.take("chapter", str),
         experiments=tuple(fields.optional("experiments", list, [])),
-        counted=fields.optional("counted", str, "updates"),
-        ours=tuple(fields.optional("ours", list, [])),
-        theirs=fields.optional("theirs", dict, {}),
+        counted=fields.take("counted", str),
+        ours=tuple(fields.take("ours", list)),
+        theirs=fields.take("theirs", dict),
         dataset=fields.optional("dataset", str, "dataset"),
-        teacher=fields.metric("teacher") if "teacher" in fields.left else None,
-        published=fields.optional("published", dict, {}),
+        teacher=fields.metric("teacher"),
+        published=fields.take("published", dict),
     )
     fields.done()
     return budget

@@ -76,8 +76,8 @@ def _more_than_the_teacher(evidence: Evidence, records: Sequence[dict[str, Any]]
         return ""
     theirs = statistics.fmean(_values(evidence.than, records) or [0.0]) if evidence.than else 0.0
     for budget in budgets:
-        teachers = _values(budget.teacher, records) if budget.teacher else []
-        same = budget.teacher and budget.teacher.split("/")[0] == evidence.metric.split("/")[0]
+        teachers = _values(budget.teacher, records)
+        same = budget.teacher.split("/")[0] == evidence.metric.split("/")[0]
         if teachers and same and theirs + evidence.at_least > statistics.fmean(teachers):
             return "it asks for more than the teacher has"
     return ""

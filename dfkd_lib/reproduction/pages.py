@@ -54,19 +54,21 @@ def verdicts(paper_id: str, caption: str = "") -> HTML:
 
 def standing() -> HTML:
     """How many claims there are, how many were tested, on what and at which share of the papers' budgets."""
-    ruled = []
+    ruled, on_gpu = [], 0
     for card in tables.in_order():
         groups = records.group(records.committed(*card.chapters))
-        ruled += [at_largest_scale(claim, groups, card.budgets) for claim in card.claims]
-    tested = [(label, verdict) for label, verdict in ruled if verdict.n]
-    on_gpu = sum(label.startswith(("gpu", "paper")) for label, _ in tested)
-    at_scale = sum(verdict.share is not None and verdict.share >= 1 for _, verdict in tested)
-    gpu_runs = [record for record in records.committed() if record["profile"].split("-")[0] in ("gpu", "paper")]
-    tally = ", ".join(f"{name} {sum(v.verdict == name for _, v in ruled)}" for name in MARKS)
+        for claim in card.claims:
+            label, verdict = at_largest_scale(claim, groups, card.budgets)
+            ruled.append(verdict)
+            on_gpu += bool(label) and records.on_gpu(groups[label][0])
+    tested = [verdict for verdict in ruled if verdict.n]
+    at_scale = sum(verdict.share is not None and verdict.share >= 1 for verdict in tested)
+    runs = records.committed()
+    tally = ", ".join(f"{name} {sum(verdict.verdict == name for verdict in ruled)}" for name in MARKS)
     return _html(
         f"<p>{len(ruled)} claims of {len(paper_ids())} papers: {tally}. Of the {len(tested)} that were tested, "
         f"{on_gpu} were tested on a GPU and {at_scale} at the paper's full budget; the others at the scale that stands "
-        f"beside each. {len(gpu_runs)} of the {len(records.committed())} committed runs were made on a GPU.</p>"
+        f"beside each. {sum(map(records.on_gpu, runs))} of the {len(runs)} committed runs were made on a GPU.</p>"
     )
 
 

@@ -100,7 +100,8 @@ def refresh(path: Path | None = None) -> Path:
 
 
 def _scale(found: Sequence[dict[str, Any]]) -> str:
-    on = "GPU" if str(found[0]["hardware"].get("device", "")).startswith("cuda") else "one CPU core"
+    threads = found[0]["hardware"]["threads"]
+    on = "one GPU" if records.on_gpu(found[0]) else f"{threads} CPU thread{'s' * (threads != 1)}"
     return f"{scale_in_words(found[0])}, {seeds(len(found))}, {on}"
 
 

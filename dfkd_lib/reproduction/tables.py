@@ -83,7 +83,6 @@ def claims(found: Sequence[Record], chapter: str = "") -> list[Table]:
     Args:
         chapter: papers that this chapter's runs bear on alone; by default all.
     """
-
     return [
         Table("claims", _citation(card), claims_of(card, found))
         for card in in_order()
@@ -126,18 +125,13 @@ def at_largest_scale(
     unmeasured = judge(claim, [])
     why = unmeasured
     for label, runs in groups.items():
-        if is_smoke(runs[0]):
+        if records.scale(runs[0]) == "smoke":
             continue
         verdict = judge(claim, runs, budgets, spreads)
         if verdict.n:
             return label, verdict
         why = verdict if why == unmeasured else why
     return "", why
-
-
-def is_smoke(record: Record) -> bool:
-    """Whether a run is one of those that check the code."""
-    return str(record["profile"]).split("-")[0] == "smoke"
 
 
 def scale_in_words(record: Record) -> str:
@@ -343,7 +337,7 @@ def _across_pairs(chapter: str, found: list[Record]) -> list[Table]:
 
 
 def _kind(runs: Sequence[Record]) -> str:
-    return "smoke" if is_smoke(runs[0]) else "results"
+    return "smoke" if records.scale(runs[0]) == "smoke" else "results"
 
 
 def _headings(groups: Sequence[Sequence[Record]]) -> list[str]:

@@ -137,7 +137,7 @@ def _judge(evidence: Evidence, records: Sequence[Record], spreads: Mapping[str, 
     if not n:
         return Verdict("not tested here", "no run has these measures", 0)
     margins = [_margin(evidence, value) for value in values]
-    error = spread(margins)[1] / math.sqrt(n) if n > 1 else _of_one_run(evidence, spreads)
+    error = spread(margins)[1] / math.sqrt(n) if n > 1 else _of_one_run(evidence, values[0], spreads)
     verdict = _ruling(statistics.fmean(margins), error)
     asks_for_points = evidence.than and evidence.at_least > 0
     if verdict == "does not hold" and asks_for_points:
@@ -158,12 +158,14 @@ def _ruling(margin: float, error: float) -> Ruling:
     return "holds" if margin >= 0 else "does not hold"
 
 
-def _of_one_run(evidence: Evidence, spreads: Mapping[str, float]) -> float:
+def _of_one_run(evidence: Evidence, value: dict[str, float | None], spreads: Mapping[str, float]) -> float:
     """How much the margin of a single run is likely to differ from that of another seed; 0 where nothing is known."""
-    if not evidence.than:
-        return spreads.get(evidence.metric, 0.0) if not evidence.of else 0.0
     usual = spreads.get("", 0.0) if floors.is_accuracy(evidence.metric) else 0.0
-    return math.hypot(*(spreads.get(key, usual) for key in (evidence.metric, evidence.than)))
+    apart = [spreads.get(key, 0.0 if floors.is_reference(key) else usual) for key in evidence.metrics]
+    if evidence.of:  # a quotient a/b: its parts differ by da/b and by a/b times db/b
+        whole = value[evidence.of] or 1.0
+        apart = [apart[0] / whole, (value[evidence.metric] or 0.0) / whole * apart[1] / whole]
+    return math.hypot(*apart)
 
 
 def _repeats(evidence: Evidence, metrics: dict[str, float | None]) -> list[dict[str, float | None]]:

@@ -1,0 +1,161 @@
+"""Each figure in the head of a chapter is traced to the records that it is read from."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from typing import Any
+
+import pytest
+
+from dfkd_lib import records
+from dfkd_lib.locations import book_root
+from dfkd_lib.reproduction import budgets, papers
+from dfkd_lib.reproduction.parameters import chapters
+
+# {chapter: {figure as printed: (runs, metric, parameter or "budget METRIC", what it is multiplied by)}}
+ANEW = "2 layers, drawn anew"
+SOURCES: dict[str, dict[str, tuple[str, str, float]]] = {
+    "amalgamation": {
+        "1,400": ("amalgamation/cpu-cifar10-", "n_steps", 1),
+        "47.5": ("amalgamation/cpu-cifar10-", "union/KD centred/union", 100),
+        "44.9": ("amalgamation/cpu-cifar10-", "union/A layerwise/union", 100),
+        "45.2": ("amalgamation/cpu-cifar10-", "union/A joint/union", 100),
+        "47.0": ("amalgamation/cpu-cifar10-", "union/C/union", 100),
+        "43.6": ("amalgamation/cpu-cifar10-", "union/KD without norms/union", 100),
+        "41.1": ("amalgamation/cpu-cifar10-", "adaptation/without/union", 100),
+    },
+    "as-dfd": {
+        "82.2": ("as-dfd/cpu-agnews", f"{ANEW}/AS-DFD/accuracy", 100),
+        "0.9": ("as-dfd/cpu-agnews", f"± {ANEW}/AS-DFD/accuracy", 100),
+        "87.5": ("as-dfd/cpu-agnews", f"{ANEW}/teacher/accuracy", 100),
+        "87.1": ("as-dfd/cpu-agnews", f"{ANEW}/random text/accuracy", 100),
+        "85.0": ("as-dfd/cpu-agnews", f"{ANEW}/modified ZSKT/accuracy", 100),
+        "82.7": ("as-dfd/cpu-agnews", "ablation/beta 0/accuracy", 100),
+        "84": ("as-dfd/cpu-agnews-seed1", f"{ANEW}/modified ZSKT/accuracy", 100),
+        "81": ("as-dfd/cpu-agnews-seed1", f"{ANEW}/AS-DFD/accuracy", 100),
+        "80": ("as-dfd/cpu-agnews-seed1", f"{ANEW}/modified ZSKD/accuracy", 100),
+        "78": ("as-dfd/cpu-agnews-seed1", f"{ANEW}/no adversary/accuracy", 100),
+        "72": ("as-dfd/cpu-agnews-seed1", f"{ANEW}/Gaussian/accuracy", 100),
+        "87": ("as-dfd/cpu-agnews-seed1", f"{ANEW}/random text/accuracy", 100),
+        "300": ("as-dfd/cpu-agnews", "batches", 5),  # each with four further updates on earlier ones
+        "150": ("as-dfd/cpu-agnews", "batches", 2.5),
+    },
+    "cmi": {
+        "1,200": ("cmi/cpu-mnist", "n_updates", 1),
+        "128": ("cmi/cpu-mnist", "batch_size", 1),
+        "1.5": ("cmi/cpu-mnist", "budget modes/adversarial/accuracy", 100),
+        "92.9": ("cmi/cpu-mnist", "modes/DeepInversion/accuracy", 100),
+        "56.6": ("cmi/cpu-mnist", "modes/scratch/accuracy", 100),
+        "82.6": ("cmi/cpu-mnist", "ablation/bn/accuracy", 100),
+        "39.5": ("cmi/cpu-mnist", "ablation/all/accuracy", 100),
+        "98.3": ("cmi/cpu-mnist", "modes/teacher/accuracy", 100),
+        "97.6": ("cmi/cpu-mnist", "modes/KD original/accuracy", 100),
+        "63.9": ("cmi/cpu-mnist", "modes/adversarial/accuracy", 100),
+        "51.6": ("cmi/cpu-mnist", "modes/non-adversarial/accuracy", 100),
+    },
+    "dfad": {
+        "99.3": ("dfad/cpu-mnist", "classification/teacher/accuracy", 100),
+        "600": ("dfad/cpu-mnist", "n_steps", 1),
+        "7.5": ("dfad/cpu-mnist", "budget classification/DFAD/accuracy", 100),
+        "97.1": ("dfad/cpu-mnist", "classification/DFAD/accuracy", 100),
+        "80.6": ("dfad/cpu-mnist", "classification/RANDOM/accuracy", 100),
+        "98.2": ("dfad/cpu-mnist", "classification/DFAD KL/accuracy", 100),
+        "800": ("dfad/cpu-camvid", "scene_steps", 1),
+        "9.2": ("dfad/cpu-camvid", "segmentation/DFAD log/mean IoU", 100),
+        "29.7": ("dfad/cpu-camvid", "segmentation/teacher/mean IoU", 100),
+        "97": ("dfad/cpu-mnist-seed0", "classification/DFAD/accuracy", 100),
+        "81": ("dfad/cpu-mnist-seed0", "classification/RANDOM/accuracy", 100),
+    },
+    "fast": {
+        "1,440": ("fast/cpu-mnist", "n_updates", 1),
+        "128": ("fast/cpu-mnist", "batch_size", 1),
+        "155": ("fast/cpu-mnist", "speed/CMI-500 over Fast-5/value", 1),
+        "172": ("fast/cpu-mnist", "speed/DeepInversion-2000 over Fast-5/value", 1),
+        "90.8": ("fast/cpu-mnist", "comparison/Fast-5/accuracy", 100),
+        "93.6": ("fast/cpu-mnist", "comparison/Fast-10/accuracy", 100),
+        "84.05": ("comparison/gpu-cifar10-fast-80000", "comparison/Fast-5/accuracy", 100),
+        "98.3": ("fast/cpu-mnist", "comparison/teacher/accuracy", 100),
+        "97.8": ("fast/cpu-mnist", "comparison/KD original/accuracy", 100),
+        "94.6": ("fast/cpu-mnist", "comparison/DeepInversion/accuracy", 100),
+        "80.4": ("fast/cpu-mnist", "comparison/Fast-2/accuracy", 100),
+        "73.8": ("fast/cpu-mnist", "comparison/CMI/accuracy", 100),
+        "9.7": ("fast/cpu-mnist", "comparison/RANDOM/accuracy", 100),
+    },
+    "grafting": {
+        "76.9": ("grafting/cpu-cifar10-vgg16", "shots/NetGraft K=10/accuracy", 100),
+        "81.6": ("grafting/cpu-cifar10-vgg16", "shots/teacher/accuracy", 100),
+        "39": ("grafting/cpu-cifar10-vgg16", "budget shots/NetGraft K=10/accuracy", 100),
+        "77.4": ("grafting/cpu-cifar10-vgg16", "shots/KD K=10/accuracy", 100),
+        "67.7": ("grafting/cpu-cifar10-vgg16", "shots/labels K=10/accuracy", 100),
+        "0.4": ("grafting/cpu-cifar10-vgg16", "± draws/NetGraft K=10 #*/accuracy", 100),
+    },
+    "impression": {
+        "92.0": ("impression/cpu-cifar10", "networks/template/accuracy", 100),
+        "18": ("impression/cpu-cifar10", "psnr/trained full all/value", 1),
+        "12": ("impression/cpu-cifar10", "psnr/mean image/value", 1),
+        "20": ("impression/cpu-cifar10", "decoding/trained full embedding/verifier", 100),
+        "90": ("impression/cpu-cifar10", "relations/trained embedding/precision", 100),
+        "10": ("impression/cpu-cifar10", "relations/chance/precision", 100),
+        "56": ("impression/cpu-cifar10", "translation/alpha 1/verifier", 100),
+        "92": ("impression/cpu-cifar10", "translation/alpha 3/verifier", 100),
+    },
+    "mosaickd": {
+        "1,000": ("mosaickd/cpu-cifar10", "n_steps", 1),
+        "0.64": ("mosaickd/cpu-cifar10", "budget comparison/MosaicKD/accuracy", 100),
+        "56.1": ("mosaickd/cpu-cifar10", "comparison/MosaicKD/accuracy", 100),
+        "71.6": ("mosaickd/cpu-cifar10", "comparison/KD original/accuracy", 100),
+    },
+}
+# What is no result: a published figure, the numbers of steps of published methods, what a band of a picture covers.
+GIVEN = {"fast": {"88.90", "500", "2,000"}, "grafting": {"95"}}
+NAMES = r"CIFAR-\d+|VGG\d+|Fast-\d+|\d+x\d+|seed \d|\{ref\}`[^`]*`"
+NUMBER = r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?"
+
+
+def head(chapter: str) -> str:
+    """The cell "What was found" with the words of its figure; "" where a chapter has none."""
+    cells = json.loads((book_root() / "chapters" / f"{chapter}.ipynb").read_text(encoding="utf-8"))["cells"]
+    text = next((t for cell in cells if (t := "".join(cell["source"])).startswith("**What was found.**")), "")
+    kept = [line for line in text.splitlines() if not line.startswith((":name:", ":width:", "```"))]
+    return re.sub(NAMES, "", "\n".join(kept))
+
+
+def figure(source: tuple[str, str, float], found: list[dict[str, Any]]) -> float:
+    """The figure that a source names: the mean over its runs, or their standard deviation after "±"."""
+    runs, key, factor = source
+    chosen = [record for record in found if f"{record['chapter']}/{record['run']}".startswith(runs)]
+    assert chosen, runs
+    if key.startswith("budget "):
+        experiment = key.removeprefix("budget ").split("/")[0]
+        known = [b for b in papers.paper(chosen[0]["chapter"]).budgets if b.chapter == chosen[0]["chapter"]]
+        budget = next(b for b in known if not b.experiments or experiment in b.experiments)
+        share = budgets.share(budget, chosen[0])
+        assert share is not None
+        return factor * share
+    pattern = re.escape(key.removeprefix("± ")).replace(r"\#\*", r"#\d+")  # of all repeats
+    known_of = (record["metrics" if "/" in key else "parameters"] for record in chosen)
+    of = [value for values in known_of for name, value in values.items() if re.fullmatch(pattern, name)]
+    return factor * (statistics.stdev(of) if key.startswith("±") else statistics.fmean(of))
+
+
+@pytest.fixture(scope="module")
+def found() -> list[dict[str, Any]]:
+    return records.committed()
+
+
+@pytest.mark.parametrize("chapter", chapters())
+def test_every_figure_in_the_head_of_a_chapter_has_its_record(chapter: str, found: list[dict[str, Any]]) -> None:
+    printed = set(re.findall(NUMBER, head(chapter)))
+    assert printed or chapter in ("comparison", "teacher"), "chapters that tell a paper have such a head"
+    sources = SOURCES.get(chapter, {})
+    assert printed == sources.keys() | GIVEN.get(chapter, set())
+    for text, source in sources.items():
+        digits = len(text.partition(".")[2])
+        assert f"{figure(source, found):,.{digits}f}" == text, source
+
+
+def test_a_published_figure_is_that_of_the_card() -> None:
+    (mean,) = papers.published("fast", "comparison", "cifar10").set_index("method").loc[["Fast-5"], "mean"]
+    assert f"{100 * mean:.2f}" == "88.90"
