@@ -37,7 +37,9 @@ done = folder / "done.txt"
 first = int(done.read_text()) if done.exists() else 0
 emit(event="start", fit="toy", step=first, n_steps=n_steps)
 for step in range(first + 1, n_steps + 1):
-    done.write_text(str(step)) if "DFKD_OUT" in os.environ else None
+    if "DFKD_OUT" in os.environ:  # whole from the moment it is there: tests wait for it
+        done.with_suffix(".new").write_text(str(step))
+        os.replace(done.with_suffix(".new"), done)
     emit(event="progress", fit="toy", step=step, n_steps=n_steps, seconds=0.1, eta=0.1, metrics={"accuracy": 0.5})
     if mode == "wait" and not (folder / "go").exists():
         time.sleep(60)
