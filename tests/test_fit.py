@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -290,3 +292,25 @@ def test_files_appear_whole_or_not_at_all(tmp_path):
         raise RuntimeError
     assert files.read_json(path) == {"a": 1}
     assert [p.name for p in Path(tmp_path).iterdir()] == ["x.json"]
+
+
+def test_runs_of_one_notebook_cell_fold_into_one_line(monkeypatch):
+    shell = SimpleNamespace(kernel=True, execution_count=1)
+    outputs: list[list[dict[str, str]]] = []  # what each output has shown, oldest first
+
+    def display(bundle, *, raw, display_id):
+        assert raw and display_id
+        outputs.append([bundle])
+        return SimpleNamespace(update=lambda bundle, *, raw, of=outputs[-1]: of.append(bundle))
+
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(display=display))
+    fit(game(), 2, name="<first>")
+    fit(game(), 3, name="second")
+    shell.execution_count = 2
+    fit(game(), 1, name="third")
+    assert [of[0]["text/plain"] for of in outputs] == ["<first>: starting", "third: starting"]
+    one, other = (of[-1] for of in outputs)
+    assert [line.split(" steps")[0] for line in one["text/plain"].splitlines()] == ["<first>: 2", "second: 3"]
+    assert "<summary>2 runs in 0:0" in one["text/html"] and "&lt;first&gt;: 2 steps" in one["text/html"]
+    assert "<summary>1 run in 0:0" in other["text/html"] and "second" not in other["text/plain"]
