@@ -1,6 +1,7 @@
 """Live progress: one line that rewrites itself on a terminal or in a notebook, and nothing anywhere else.
 
-The runs of one notebook cell share one line, which unfolds to a summary of each. A driving process that wants to follow sets DFKD_EVENTS to a file; each update is one JSON line in it.
+The runs of one notebook cell share one line, which unfolds to a summary of each. A driving process that wants to
+follow sets DFKD_EVENTS to a file; each update is one JSON line in it.
 """
 
 from __future__ import annotations
