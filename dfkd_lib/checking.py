@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from .compiling import as_written
 from .errors import InputError, first_line
@@ -98,6 +99,15 @@ def n_logits(network: nn.Module, image_shape: Sequence[int], runtime: Runtime, w
     """
     with evaluating(network), random_state_kept(runtime.device):
         return _logits(network, _images(image_shape, runtime)[:2], runtime, who).shape[1]
+
+
+def count_macs(network: nn.Module, image_shape: Sequence[int], runtime: Runtime) -> float:
+    """Multiply-accumulates of one image, counted while two of noise pass; running statistics stay as they are."""
+    with still(network), random_state_kept(runtime.device), runtime.autocast():
+        x = _images(image_shape, runtime)[:2]
+        with FlopCounterMode(display=False) as counter:
+            network(x)
+    return counter.get_total_flops() / 2 / len(x)
 
 
 def examine_teacher(

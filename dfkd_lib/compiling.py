@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .errors import first_line
 from .taps import Seen, tapped
 
-WORTH_IT = 1000  # updates; about as many as earn back compiling a WRN-16-1 that learns on 32 images at a time
+WORTH_IT = 1e14  # multiply-accumulates of a run; about half an hour to an hour of one core, as written
 BACKEND = "inductor"
 M = TypeVar("M", bound=nn.Module)
 _looking = [0]
@@ -160,6 +160,15 @@ def as_written() -> Iterator[None]:
         yield
     finally:
         _looking[0] -= 1
+
+
+def pays(macs: float, device: torch.device) -> bool:
+    """Whether a run on a processor is long enough to earn back the time of compiling, where that can be done.
+
+    Args:
+        macs: multiply-accumulates of the whole run, those of synthesis not counted.
+    """
+    return device.type == "cpu" and macs >= WORTH_IT and not hindrance(device)
 
 
 def hindrance(device: torch.device) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from . import arguments, checking, lending, records
+from .compiling import pays
 from .data import ImageSet
 from .distillers import DataFreeMethod, build, n_calls, settings_for
 from .errors import DFKDError, InputError, unknown
@@ -122,7 +123,8 @@ def distill(
         n_updates: student updates; None takes the preset's number.
         test: images to evaluate both networks on when all is done: a set of dfkd_lib, or (images [N, C, H, W],
             uint8 or floats in [0, 1] before any normalisation; labels [N]).
-        device, precision: see :meth:`dfkd_lib.runtime.Runtime.choose`.
+        device, precision: see :meth:`dfkd_lib.runtime.Runtime.choose`. On a processor with a C++ compiler the networks
+            of a run of about an hour and more are compiled, which `record["runtime"]` says.
         layout: memory format of images and weights, "channels-last" or "contiguous"; "auto" is the first for 16-bit
             precisions, if both networks can work with it.
         seed: of all random draws; the global random state is left as it was.
@@ -169,6 +171,11 @@ def distill(
             players = _players(teacher, student, shape, statistics, runtime, asks_gradient)
         if players.n_classes != num_classes:
             raise InputError(f"num_classes is {num_classes}, but the teacher has {players.n_classes} logits")
+        macs = [checking.count_macs(network, shape, runtime) for network in (players.teacher, players.student)]
+        if pays(chosen.n_updates * chosen.batch_size * (macs[0] + 3 * macs[1]), runtime.device):
+            runtime = replace(runtime, compile=True)
+            for network in (players.teacher, players.student):
+                runtime.prepare(network)
         told = players.warnings
         asked: dict[str, Any] = {
             "method": method,
@@ -276,6 +283,7 @@ class _Players:
         """The trained copy, in eval mode, otherwise as the student that it was copied from."""
         for hook in self.hooks:
             hook.remove()
+        self.trained._compiled_call_impl = None
         self.trained.eval()
         lending.like(self.trained, student)
         return self.trained

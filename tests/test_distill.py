@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import dfkd_lib
-from dfkd_lib import data, distilling, lending, models, records
+from dfkd_lib import checking, compiling, data, distilling, lending, models, records
 from dfkd_lib.data import ImageSet
 from dfkd_lib.errors import DFKDError, InputError
 from dfkd_lib.measures.evaluation import accuracy
@@ -454,3 +454,24 @@ def test_a_network_of_ones_own_is_distilled_far_above_chance():
     assert result.accuracy["teacher"] > 0.95
     assert result.accuracy["student"] > 0.6
     assert result.accuracy["student"] == accuracy(result.student, test, runtime)
+
+
+def test_a_long_run_on_a_processor_goes_through_compiled_networks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "true")  # nothing is compiled, but traced
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    written = dfkd_lib.distill(*teacher_and_student(), **FAST)
+    assert ", compiled," not in written.record["runtime"]
+    monkeypatch.setattr(compiling, "WORTH_IT", written.budget.student_updates * FAST["batch_size"])
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    ours = dfkd_lib.distill(*teacher_and_student(), **FAST)
+    assert ", compiled," in ours.record["runtime"] and torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert ours.student._compiled_call_impl is None
+    for value, expected in zip(ours.student.state_dict().values(), written.student.state_dict().values(), strict=True):
+        assert torch.equal(value, expected)
+
+
+def test_what_a_run_computes_is_counted_as_its_layers_say() -> None:
+    network, runtime = Functional().eval(), Runtime.choose("cpu", "float32")
+    per_image = 64 * 9 * 8 * (1 + 8) + 32 * 5  # two convolutions of 3x3 on 8x8 positions, and the last layer
+    assert checking.count_macs(network, SHAPE, runtime) == per_image
