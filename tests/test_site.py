@@ -49,6 +49,8 @@ LOOK = """(async () => {
     links: [...document.links].map(link => link.href).filter(own),
     ids: [...document.querySelectorAll("[id]")].map(element => element.id),
     broken: [...document.images].filter(image => !image.naturalWidth).map(image => image.src),
+    undescribed: [...document.querySelectorAll("article img")]
+      .filter(image => image.alt.length < 20 || image.alt.endsWith(".png")).map(image => image.src),
     width: document.documentElement.scrollWidth,
     text: document.querySelector("article").innerText.length,
     colab: [...document.links].map(link => link.href).filter(address => address.includes("colab.research")),
@@ -63,7 +65,7 @@ def test_every_page_is_whole(page: Page, site: Path) -> None:
         page.open(name)
         found[name] = page.run(LOOK)
         assert page.problems == [], name
-        assert found[name]["broken"] == [] and found[name]["text"] > 100, name
+        assert found[name]["broken"] == found[name]["undescribed"] == [] and found[name]["text"] > 100, name
     for name, seen in found.items():
         for address in dict.fromkeys(seen["links"]):
             plain, part = urldefrag(urljoin(f"{page.site}/{name}", address))

@@ -52,6 +52,16 @@ def verdicts(paper_id: str, caption: str = "") -> HTML:
     return _html(table_html(tables.claims_of(paper(paper_id), records.committed()), caption))
 
 
+def larger_runs(chapter: str) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The committed runs of a chapter, smoke runs aside: scale and number of seeds in words, and the records.
+
+    Those that differ by their seed alone stand together; the largest scale comes first.
+    """
+    groups = records.group(records.committed(chapter)).values()
+    larger = [runs for runs in groups if records.scale(runs[0]) != "smoke"]
+    return [(f"{tables.scale_in_words(runs[0])}, {seeds(len(runs))}", runs) for runs in larger]
+
+
 def standing() -> HTML:
     """How many claims there are, how many were tested, on what and at which share of the papers' budgets."""
     ruled, on_gpu = [], 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import mimetypes
 import os
 import re
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -163,8 +165,21 @@ def _copy_source(root: Path, source: Path) -> Path:
     return source
 
 
+def _describe_figures(source: Path) -> None:
+    """Give each figure that a cell shows an alt text: the caption in italics that stands under it."""
+    for path in sorted(source.glob("book/**/*.ipynb")):
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        for cell, below in pairwise(notebook["cells"]):
+            caption = re.match(r"\*([^*].*?)\*$", "".join(below["source"]), flags=re.MULTILINE)
+            if caption and any("image/png" in output.get("data", {}) for output in cell.get("outputs", [])):
+                words = re.sub(r"\{\w+\}|[`$*]", "", caption.group(1))
+                cell["metadata"]["mystnb"] = {"image": {"alt": words}}
+        path.write_text(json.dumps(notebook), encoding="utf-8")
+
+
 def _render(source: Path, target: Path, strict: bool) -> Path:
     """Run Jupyter Book from `source` to `target/_build/html`; prints its warnings."""
+    _describe_figures(source)
     html = target / "_build" / "html"
     for stale in (html, html.parent / ".doctrees"):
         shutil.rmtree(stale, ignore_errors=True)
