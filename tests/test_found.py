@@ -167,19 +167,40 @@ SOURCES: dict[str, dict[str, tuple[str, str, float]]] = {
         "21.8": ("mosaickd/cpu-camvid", "segmentation/KD OOD/mean IoU", 100),
         "12.2": ("mosaickd/cpu-camvid", "segmentation/data-free/mean IoU", 100),
     },
+    "teacher": {
+        "97.0": ("teacher/cpu-mnist", "teacher/1 epochs/accuracy", 100),
+        "98.3": ("teacher/cpu-mnist", "teacher/4 epochs/accuracy", 100),
+        "99.0": ("teacher/cpu-mnist", "teacher/20 epochs/accuracy", 100),
+        "86.0": ("teacher/cpu-mnist", "1 epochs/CMI/accuracy", 100),
+        "40.5": ("teacher/cpu-mnist", "4 epochs/CMI/accuracy", 100),
+        "59.9": ("teacher/cpu-mnist", "20 epochs/CMI/accuracy", 100),
+        "91.8": ("teacher/cpu-mnist", "1 epochs/NAYER/accuracy", 100),
+        "93.7": ("teacher/cpu-mnist", "4 epochs/NAYER/accuracy", 100),
+        "89.1": ("teacher/cpu-mnist", "20 epochs/NAYER/accuracy", 100),
+        "8.9": ("teacher/cpu-mnist", "20 epochs/ZSKT/accuracy", 100),
+        "9.7": ("teacher/cpu-mnist", "20 epochs/DAFL/accuracy", 100),
+        "92.0": ("teacher/cpu-cifar10", "teacher/18 epochs/accuracy", 100),
+        "59.3": ("teacher/cpu-cifar10", "teacher/1 epochs/accuracy", 100),
+        "43.8": ("teacher/cpu-cifar10", "18 epochs/NAYER/accuracy", 100),
+        "18.9": ("teacher/cpu-cifar10", "1 epochs/NAYER/accuracy", 100),
+        "13.5": ("teacher/cpu-cifar10", "18 epochs/DeepInversion/accuracy", 100),
+        "400": ("teacher/cpu-", "n_updates", 1),
+        "0.5": ("teacher/cpu-", "n_updates", 100 / 80_000),  # of the toolbox's
+    },
 }
 # What is no result: a published figure, the steps of published methods, a weight, what a band of a picture covers.
 GIVEN = {"cmi": {"2"}, "fast": {"88.90", "500", "2,000"}, "grafting": {"95", "92.83"}}
 TOLD = r"\*\*What (was found|the tables? says?)\.\*\*"
 NAMES = r"CIFAR-\d+|VGG\d+|Fast-\d+|\d+x\d+|seed \d|\{ref\}`[^`]*`"
+ORIGIN = r"paper|author|publish|script|repositor|toolbox|printed"
+MEASURED = r"(?<![\w.@])\d[\d,]*(?:\.\d+)?(?= ?%)|(?<![\w.@/])\d+\.\d+(?![\w.])"
+UNREAD = r"```.*?```|\$\$.*?\$\$|\$[^$]*\$|`[^`]*`|\{[a-z]+\}`[^`]*`|\]\([^)]*\)"
 NUMBER = r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?"
 
 
 def told(chapter: str) -> str:
     """What a chapter says that it found: its head, with the words of the figure there, and its readings of tables."""
-    cells = json.loads((book_root() / "chapters" / f"{chapter}.ipynb").read_text(encoding="utf-8"))["cells"]
-    texts = ["".join(cell["source"]).split("\n## ")[0] for cell in cells if cell["cell_type"] == "markdown"]
-    lines = [line for text in texts if re.match(TOLD, text) for line in text.splitlines()]
+    lines = [line for text in sections(chapter) if re.search(TOLD, text) for line in text.splitlines()]
     return re.sub(NAMES, "", "\n".join(line for line in lines if not line.startswith((":name:", ":width:", "```"))))
 
 
@@ -201,6 +222,17 @@ def figure(source: tuple[str, str, float], found: list[dict[str, Any]]) -> float
     return factor * (statistics.stdev(of) if key.startswith("±") else statistics.fmean(of))
 
 
+def sections(chapter: str) -> list[str]:
+    """The prose of a chapter, cut at its headings."""
+    cells = json.loads((book_root() / "chapters" / f"{chapter}.ipynb").read_text(encoding="utf-8"))["cells"]
+    return [
+        text
+        for cell in cells
+        if cell["cell_type"] == "markdown"
+        for text in re.split(r"\n(?=#+ )", "".join(cell["source"]))
+    ]
+
+
 @pytest.fixture(scope="module")
 def found() -> list[dict[str, Any]]:
     return records.committed()
@@ -215,6 +247,26 @@ def test_every_figure_that_a_chapter_found_has_its_record(chapter: str, found: l
     for text, source in sources.items():
         digits = len(text.partition(".")[2])
         assert f"{figure(source, found):,.{digits}f}" == text, source
+
+
+def unfounded(prose: str) -> list[str]:
+    """The sentences with a percentage or a decimal number that do not say whose it is."""
+    sentences = re.split(r"(?<=[.;|])\s+", re.sub(UNREAD, "", prose, flags=re.DOTALL))
+    return [s for s in sentences if re.search(MEASURED, s) and not re.search(ORIGIN, s)]
+
+
+@pytest.mark.parametrize("chapter", chapters())
+def test_any_other_figure_in_prose_says_whose_it_is(chapter: str) -> None:
+    others = [text for text in sections(chapter) if not re.search(TOLD, text)]
+    left = [
+        s for text in others for s in unfounded(text) if not set(re.findall(MEASURED, s)) <= GIVEN.get(chapter, set())
+    ]
+    assert not left
+
+
+def test_a_figure_of_no_one_is_noticed() -> None:
+    assert unfounded("It reaches 91.2 % here. The paper prints 90.7.") == ["It reaches 91.2 % here."]
+    assert not unfounded("See {eq}`a` and $0.5 x$, at `-p lr 0.1`, in 3 of 10 runs.")
 
 
 def test_a_published_figure_is_that_of_the_card() -> None:

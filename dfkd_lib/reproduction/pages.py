@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import records
 from ..locations import repository_root
-from . import display, parameters, tables
+from . import display, parameters, readme, tables
 from .display import HTML
 from .papers import paper, paper_ids
 from .tables import at_largest_scale
@@ -38,6 +38,14 @@ def results() -> HTML:
             shown.append(heading)
         shown.append(table_html(table.frame, table.caption))
     return _html(*shown or [_line(NO_RUNS)], *_perhaps_mixed(found))
+
+
+def headlines() -> HTML:
+    """The README's headline results, with where the published figure stands, the hardware and the command."""
+    import pandas as pd
+
+    caption = "Accuracy in percent, mean ± standard deviation over seeds; the hours are those of one run"
+    return _html(table_html(pd.DataFrame(readme.headlines()), caption))
 
 
 def claims() -> HTML:

@@ -1,4 +1,4 @@
-"""The README's table of headline results, written from the committed records."""
+"""The table of headline results, from the committed records: on the page of results, and in the README."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .. import records
 from ..errors import InputError
 from ..files import write_text
 from ..locations import repository_root
-from .papers import published
+from .papers import paper, published
 from .tables import scale_in_words
 from .verdicts import percent, seeds
 
@@ -64,20 +64,42 @@ HEADLINES = (
 )  # fmt: skip
 
 
-def headline_table() -> str:
-    """The table in Markdown, one line for each of `HEADLINES`; accuracies in percent, mean ± standard deviation."""
-    lines = [
-        "| what | scale | teacher | student | published | hours |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+def headlines() -> list[dict[str, str]]:
+    """What stands beside each of `HEADLINES`: accuracies in percent, mean ± standard deviation, and what they cost.
+
+    Hours are those of one run, the command that of the first.
+    """
+    rows = []
     for headline in HEADLINES:
         found = [run for run in records.committed(headline.chapter) if run["run"].startswith(headline.runs)]
         teacher, student = (
             percent([run["metrics"][key] for run in found]) for key in (headline.teacher, headline.student)
         )
+        rows.append(
+            {
+                "what": headline.what,
+                "scale": _scale(found),
+                "teacher": teacher,
+                "student": student,
+                "published": _theirs(headline),
+                "hours": _hours(found),
+                "published where": paper(headline.published[0]).table(headline.published[1]).source
+                if headline.published
+                else "–",
+                "hardware": found[0]["hardware"]["name"],
+                "command": found[0]["command"].split(" --out ")[0],
+            }
+        )
+    return rows
+
+
+def headline_table() -> str:
+    """The README's table in Markdown, one line for each of `HEADLINES`."""
+    shown = ("scale", "teacher", "student", "published", "hours")
+    lines = ["| " + " | ".join(("what", *shown)) + " |", "| --- " * (1 + len(shown)) + "|"]
+    for headline, row in zip(HEADLINES, headlines(), strict=True):
         link = f"[{headline.what}](book/chapters/{headline.chapter}.ipynb)"
-        cells = [link, _scale(found), teacher, student, _theirs(headline), _hours(found)]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append("| " + " | ".join((link, *(row[name] for name in shown))) + " |")
     return "\n".join(lines)
 
 
