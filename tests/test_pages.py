@@ -115,7 +115,7 @@ def test_a_card_counts_the_runs_of_all_its_chapters(book: Path) -> None:
     card.write_text(card.read_text() + "\nchapters: [dfad, comparison]\n")
     run = commit(book, "cpu", "cpu")
     records.write(book / "results" / "comparison" / "a", {**run, "chapter": "comparison", "folder": ""})
-    assert "cpu mnist, comparison chapter" in pages.results().data
+    assert "(chapter comparison, " in pages.results().data
     assert pages.results().data.count("<table") == 3, "beside the paper's figures, and as a chapter of its own"
 
 

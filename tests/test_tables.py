@@ -46,7 +46,7 @@ def test_pairs_of_networks_stand_side_by_side() -> None:
     runs = [record(seed, metrics={"CMI": 0.8 + seed / 100, "DAFL": 0.5}) for seed in (0, 1)]
     runs += [record(0, metrics={"CMI": 0.7}, teacher="vgg11", student="resnet18")]
     (table,) = [t for t in tables.results(runs) if t.caption.startswith("Chapter comparison")]
-    assert table.caption == "Chapter comparison, comparison: accuracy in percent (gpu cifar10)"
+    assert table.caption == "Chapter comparison, comparison: accuracy in percent (CIFAR-10)"
     frame = table.frame.set_index("method")
     assert list(frame.columns) == ["wrn40_2 to wrn16_1", "vgg11 to resnet18"]
     assert list(frame.loc["CMI"]) == ["80.5 ± 0.7 (2 seeds)", "70.0 (1 seed)"]

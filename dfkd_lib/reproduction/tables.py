@@ -65,10 +65,13 @@ def results(found: Sequence[Record]) -> list[Table]:
     tables = []
     cards = in_order()
     for card in cards:
-        for label, runs in records.group(_of(found, card.chapters)).items():
+        for runs in records.group(_of(found, card.chapters)).values():
+            where = "" if runs[0]["chapter"] == card.chapters[0] else f"chapter {runs[0]['chapter']}, "
             for experiment, measure in {table.experiment: table.measure for table in card.tables}.items():
                 frame = comparison(card.id, experiment, runs, measure)
-                caption = f"{card.title}, {experiment}: {measure} in percent ({label}, {seeds(len(runs))})"
+                pair = f", {_pair(runs[0])}" if _pair(runs[0]) and experiment != "segmentation" else ""
+                scale = f"{where}{scale_in_words(runs[0], experiment)}{pair}, {seeds(len(runs))}"
+                caption = f"{card.title}, {experiment}: {measure} in percent ({scale})"
                 if len(frame):
                     tables.append(Table(_kind(runs), caption, frame))
     told = {card.chapters[0] for card in cards if card.chapters[0] == card.id}
@@ -134,10 +137,14 @@ def at_largest_scale(
     return "", why
 
 
-def scale_in_words(record: Record) -> str:
-    """Data, image size and length of a run as a reader would say them, such as "MNIST at 28x28, 1,200 updates"."""
+def scale_in_words(record: Record, experiment: str = "") -> str:
+    """Data, image size and length of a run as a reader would say them, such as "MNIST at 28x28, 1,200 updates".
+
+    Args:
+        experiment: which of the run's; by default what most of it is about.
+    """
     given = record["parameters"]
-    segments = "segmentation" in given.get("parts", []) and len(given["parts"]) == 1
+    segments = "scene_height" in given and (experiment == "segmentation" or given.get("parts") == ["segmentation"])
     name = str(given.get("scenes" if segments else "dataset", ""))
     words = [_DATASETS.get(name, name)]
     if (classes := given.get("classes")) and not segments:
@@ -314,12 +321,16 @@ def _across_pairs(chapter: str, found: list[Record]) -> list[Table]:
     by_label: dict[str, list[list[Record]]] = {}
     for runs in records.group(found).values():
         by_label.setdefault(records.label(runs[0]), []).append(runs)
-    for label, groups in by_label.items():
+    for groups in by_label.values():
+        scales = dict.fromkeys(scale_in_words(runs[0]) for runs in groups)
+        scale = next(iter(scales)) if len(scales) == 1 else next(iter(scales)).split(", ")[0]
         keys = dict.fromkeys(key for runs in groups for run in runs for key in run["metrics"])
         counts = {len(runs) for runs in groups}
         for experiment in dict.fromkeys(key.split("/")[0] for key in keys):
             own = [key for key in keys if key.split("/")[0] == experiment]
             measure = own[0].split("/")[2]
+            if measure.endswith(" term"):
+                continue
             shown = [key for key in own if key.split("/")[2] == measure]
             headings = _headings(groups)
             columns: dict[str, list[str]] = {"method": [key.split("/")[1] for key in shown]}
@@ -331,7 +342,7 @@ def _across_pairs(chapter: str, found: list[Record]) -> list[Table]:
             counts = {len(runs) for runs in groups}
             unit = "" if measure == "value" or measure.endswith("seconds") else " in percent"
             pair = f", {_pair(groups[0][0])}" if len(groups) == 1 and _pair(groups[0][0]) else ""
-            caption = f"Chapter {chapter}, {experiment}: {measure}{unit} ({label}{pair}{n})"
+            caption = f"Chapter {chapter}, {experiment}: {measure}{unit} ({scale}{pair}{n})"
             tables.append(Table(_kind(groups[0]), caption, pd.DataFrame(columns)))
     return tables
 
