@@ -99,7 +99,7 @@ def test_a_claim_is_judged_at_the_largest_scale_that_tests_it(book: Path) -> Non
     assert pages.at_largest_scale(claim, records.group(records.committed("dfad")))[1].verdict == "does not hold"
     assert pages.at_largest_scale(pages.paper("dfad").claim("upper-bound"), {})[0] == ""
     page = pages.claims().data
-    assert "DFAD 50.0&nbsp;% against RANDOM 70.0&nbsp;%, 1 seed; CIFAR-10" in page and "(gpu cifar10)" in page
+    assert "DFAD 50.0&nbsp;% against RANDOM 70.0&nbsp;%, 1 seed; CIFAR-10" in page
     assert '<span class="verdict does-not-hold">✗ does not hold</span>' in page
 
 

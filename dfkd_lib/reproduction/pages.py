@@ -245,7 +245,10 @@ def expectations(chapter: str) -> HTML:
 
 
 def _plain(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    """A value of a parameter; of a list that is longer than four, its ends and how many there are."""
+    if not isinstance(value, list):
+        return str(value)
+    return ", ".join(map(str, value)) if len(value) <= 4 else f"{value[0]}, …, {value[-1]} ({len(value)} of them)"
 
 
 def show(shown: HTML | str) -> None:

@@ -109,7 +109,11 @@ def claims_of(card: Paper, found: Sequence[Record]) -> pd.DataFrame:
     rows = []
     for claim in card.claims:
         run, verdict = at_largest_scale(claim, groups, card.budgets)
-        figures = [verdict.figures, f"{scale_in_words(groups[run][0])} ({run})" if run else "", verdict.terms]
+        scale = ""
+        if run:
+            chapter = groups[run][0]["chapter"]
+            scale = scale_in_words(groups[run][0]) + (f" (chapter {chapter})" if chapter != card.chapters[0] else "")
+        figures = [verdict.figures, scale, verdict.terms]
         if claim.tuned and run:
             figures.append(f"chosen with the outcome in view: {claim.tuned}")
         rows.append((claim.text, claim.where, verdict.verdict, "; ".join(filter(None, figures))))
