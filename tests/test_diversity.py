@@ -21,6 +21,7 @@ from dfkd_lib.measures.diversity import (
     retrieval_accuracy,
     vendi_score,
 )
+from dfkd_lib.measures.image_quality import kernel_distance
 
 
 @pytest.fixture
@@ -99,6 +100,28 @@ def test_frechet_distance_of_singular_sets_is_finite():
     flat = torch.zeros(10, 4)
     assert frechet_distance(flat, flat) == 0
     assert math.isfinite(frechet_distance(flat, torch.randn(10, 4)))
+
+
+def test_kernel_distance_by_hand():
+    # k = (xy + 1)^3: 1 within the first pair, 27 within the second, (1 + 1 + 8 + 27) / 4 between them.
+    x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([[1.0], [2.0]])
+    assert kernel_distance(x, y) == pytest.approx(1 + 27 - 2 * 37 / 4)
+    # Two features: products are halved, and an unbiased estimate may be negative.
+    x, y = torch.tensor([[1.0, 1.0], [1.0, -1.0]]), torch.tensor([[0.0, 0.0], [2.0, 0.0]])
+    assert kernel_distance(x, y) == pytest.approx(1 + 1 - 2 * (1 + 8) / 2)
+
+
+def test_kernel_distance_is_symmetric_and_leaves_out_the_diagonal(points):
+    other = torch.randn(1500, 6, dtype=torch.float64) + 0.5
+    k = (points @ points.T / 6 + 1) ** 3
+    own = float(k.sum() - k.trace()) / (40 * 39)
+    k = (other @ other.T / 6 + 1) ** 3
+    theirs = float(k.sum() - k.trace()) / (1500 * 1499)
+    between = float(((points @ other.T / 6 + 1) ** 3).mean())
+    assert kernel_distance(points, other) == pytest.approx(own + theirs - 2 * between)
+    assert kernel_distance(other, points) == pytest.approx(kernel_distance(points, other))
+    with pytest.raises(InputError, match="at least 2 rows"):
+        kernel_distance(points[:1], other)
 
 
 def test_label_entropy_at_its_limits():
