@@ -375,7 +375,8 @@ def found() -> list[dict[str, Any]]:
 @pytest.mark.parametrize("chapter", chapters())
 def test_every_figure_that_a_chapter_found_has_its_record(chapter: str, found: list[dict[str, Any]]) -> None:
     printed = set(re.findall(NUMBER, told(chapter)))
-    assert printed, "a chapter opens with what was found"
+    larger = any(record["chapter"] == chapter and records.scale(record) != "smoke" for record in found)
+    assert printed or not larger, "a chapter opens with what was found"
     sources = SOURCES.get(chapter, {})
     assert printed == sources.keys() | GIVEN.get(chapter, set())
     for text, source in sources.items():
