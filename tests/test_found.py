@@ -137,7 +137,7 @@ SOURCES: dict[str, dict[str, tuple[str, str, float]]] = {
         "28.1": ("cmi/cpu-mnist", "ablation/bn+oh+adv/accuracy", 100),
         "3.88": ("cmi/cpu-mnist", "ablation/bn/classifier-FID", 1),
         "22.5": ("cmi/cpu-mnist", "ablation/bn+oh/classifier-FID", 1),
-        "95.6": ("comparison/cpu-mnist", "comparison/CMI/accuracy", 100),
+        "96.2": ("comparison/cpu-mnist", "comparison/CMI/accuracy", 100),
         "0.267": ("cmi/cpu-mnist", "ablation/bn+oh/mean pairwise distance", 1),
         "0.282": ("cmi/cpu-mnist", "ablation/bn+oh+cr/mean pairwise distance", 1),
         "0.203": ("cmi/cpu-mnist", "ablation/bn+oh/instance discrimination", 1),
@@ -152,6 +152,24 @@ SOURCES: dict[str, dict[str, tuple[str, str, float]]] = {
         "62.3": ("comparison/gpu-cifar10-8000", "comparison/DFAD/accuracy", 100),
         "17.1": ("comparison/gpu-cifar10-8000", "comparison/RANDOM/accuracy", 100),
         "86.9": ("comparison/gpu-cifar10-8000", "comparison/KD original/accuracy", 100),
+        "42.7": ("comparison/cpu-mnist", "comparison/RANDOM/accuracy", 100),
+        "61.3": ("comparison/cpu-mnist", "comparison/RANDOM, batch norm/accuracy", 100),
+        "98.8": ("comparison/cpu-mnist", "comparison/KD original, batch norm/accuracy", 100),
+        "97.9": ("comparison/cpu-mnist", "comparison/NAYER/accuracy", 100),
+        "98.0": ("comparison/cpu-mnist", "comparison/Fast-5/accuracy", 100),
+        "97.0": ("comparison/cpu-mnist", "comparison/DFQ/accuracy", 100),
+        "96.2": ("comparison/cpu-mnist", "comparison/CMI/accuracy", 100),
+        "93.0": ("comparison/cpu-mnist", "comparison/ZSKT/accuracy", 100),
+        "89.0": ("comparison/cpu-mnist", "comparison/DAFL/accuracy", 100),
+        "83.8": ("comparison/cpu-mnist", "comparison/DFAD/accuracy", 100),
+        "76.9": ("comparison/cpu-mnist", "comparison/ADI/accuracy", 100),
+        "68.9": ("comparison/cpu-mnist", "comparison/DeepInversion/accuracy", 100),
+        "4.8": ("comparison/cpu-mnist", "± comparison/DFAD/accuracy", 100),
+        "2.9": ("comparison/cpu-mnist", "± comparison/DAFL/accuracy", 100),
+        "84.05": ("comparison/gpu-cifar10-fast-80000", "comparison/Fast-5/accuracy", 100),
+        "1,000": ("comparison/cpu-mnist", "n_updates", 1),
+        "128": ("comparison/cpu-mnist", "batch_size_kd", 1),
+        "10.2": ("comparison/cpu-mnist", "± comparison/DeepInversion/accuracy", 100),
     },
     "dfad": {
         "99.3": ("dfad/cpu-mnist", "classification/teacher/accuracy", 100),
@@ -316,13 +334,13 @@ SOURCES: dict[str, dict[str, tuple[str, str, float]]] = {
 # What is no result: a published figure, the steps of published methods, a weight, what a band of a picture covers.
 GIVEN = {
     "cmi": {"2"},
-    "comparison": {"0.6", "66", "91.12"},
+    "comparison": {"0.6", "66", "91.12", "64", "88.90", "92.8", "200", "90", "80", "61", "95"},
     "fast": {"88.90", "500", "2,000"},
     "grafting": {"95", "92.83"},
     "impression": {"1", "3", "100"},
 }
 TOLD = r"\*\*What (was found|the (table|figure)s? says?)\.\*\*"
-NAMES = r"CIFAR-\d+|VGG\d+|Fast-\d+|\d+x\d+|seed \d|\{ref\}`[^`]*`"
+NAMES = r"CIFAR-\d+|WRN-\d+-\d+|LeNet-\d+|VGG\d+|Fast-\d+|\d+x\d+|seed \d|\{ref\}`[^`]*`"
 ORIGIN = r"paper|author|publish|script|repositor|toolbox|printed|% interval"
 MEASURED = r"(?<![\w.@])\d[\d,]*(?:\.\d+)?(?= ?%)|(?<![\w.@/])\d+\.\d+(?![\w.])"
 UNREAD = r"```.*?```|\$\$.*?\$\$|\$[^$]*\$|`[^`]*`|\{[a-z]+\}`[^`]*`|\]\([^)]*\)"

@@ -50,6 +50,10 @@ HEADLINES = (
         "DFAD, LeNet-5 to its half", "dfad", "cpu-mnist", "classification/teacher/accuracy",
         "classification/DFAD/accuracy", ("dfad", "classification", "mnist", "DFAD"),
     ),
+    Headline(
+        "Fast-5, LeNet-5 to its half", "comparison", "cpu-mnist", "comparison/teacher, batch norm/accuracy",
+        "comparison/Fast-5/accuracy",
+    ),
     Headline("CMI, adversarial mode", "cmi", "cpu-mnist", "modes/teacher/accuracy", "modes/adversarial/accuracy"),
     Headline("MosaicKD, patches of photographs at hand", "mosaickd", "cpu-cifar10", "comparison/teacher/accuracy",
              "comparison/MosaicKD/accuracy"),
