@@ -101,7 +101,8 @@ def test_a_run_from_start_to_results(capsys: pytest.CaptureFixture[str]) -> None
     assert (folder / "record.json").read_bytes() == record
 
     assert dfkd("results") == 0
-    assert "Chapter tiny, toy: accuracy in percent (2 iterations, 1 seed)" in (out := capsys.readouterr().out) and "12.5" in out
+    out, _ = capsys.readouterr()
+    assert "Chapter tiny, toy: accuracy in percent (2 iterations, 1 seed)" in out and "12.5" in out
     assert dfkd("results tiny --csv") == 0
     header, first, *_ = capsys.readouterr().out.splitlines()
     assert header == "chapter,run,profile,seed,metric,final,best"
