@@ -102,7 +102,11 @@ def n_logits(network: nn.Module, image_shape: Sequence[int], runtime: Runtime, w
 
 
 def count_macs(network: nn.Module, image_shape: Sequence[int], runtime: Runtime) -> float:
-    """Multiply-accumulates of one image, counted while two of noise pass; running statistics stay as they are."""
+    """Multiply-accumulates of one image, counted while two of noise pass; running statistics stay as they are.
+
+    :func:`dfkd_lib.models.count_macs` computes nothing for it, but the network has to run on the meta device, which one
+    of somebody else's need not do.
+    """
     with still(network), random_state_kept(runtime.device), runtime.autocast():
         x = _images(image_shape, runtime)[:2]
         with FlopCounterMode(display=False) as counter:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from .errors import first_line
 from .taps import Seen, tapped
 
-WORTH_IT = 1e14  # multiply-accumulates of a run; about half an hour to an hour of one core, as written
+WORTH_IT = 1e14  # multiply-accumulates of a run: a WRN-16-1 learning from a WRN-40-2 for about 2,000 updates of 128
 BACKEND = "inductor"
 M = TypeVar("M", bound=nn.Module)
 _looking = [0]

@@ -124,7 +124,7 @@ def distill(
         test: images to evaluate both networks on when all is done: a set of dfkd_lib, or (images [N, C, H, W],
             uint8 or floats in [0, 1] before any normalisation; labels [N]).
         device, precision: see :meth:`dfkd_lib.runtime.Runtime.choose`. On a processor with a C++ compiler the networks
-            of a run of about an hour and more are compiled, which `record["runtime"]` says.
+            of a long run are compiled (:func:`dfkd_lib.compiling.pays`), which `record["runtime"]` says.
         layout: memory format of images and weights, "channels-last" or "contiguous"; "auto" is the first for 16-bit
             precisions, if both networks can work with it.
         seed: of all random draws; the global random state is left as it was.

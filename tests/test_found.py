@@ -7,10 +7,11 @@ import re
 import statistics
 from typing import Any
 
+import pandas as pd
 import pytest
 
 from dfkd_lib import records
-from dfkd_lib.locations import book_root
+from dfkd_lib.locations import book_root, repository_root
 from dfkd_lib.reproduction import budgets, papers
 from dfkd_lib.reproduction.parameters import chapters
 
@@ -400,6 +401,18 @@ def test_every_figure_that_a_chapter_found_has_its_record(chapter: str, found: l
     for text, source in sources.items():
         digits = len(text.partition(".")[2])
         assert f"{figure(source, found):,.{digits}f}" == text, source
+
+
+def test_figures_of_the_search_and_of_the_long_curve_are_in_their_files(found: list[dict[str, Any]]) -> None:
+    root = repository_root()
+    assert root
+    trials = json.loads((root / "benchmarks" / "search-mnist.json").read_text(encoding="utf-8"))["trials"]
+    held_out = {(t["method"], t["trial"]): 100 * t["held-out accuracy"] for t in trials}
+    assert [f"{held_out['zskt', n]:.0f}" for n in (0, 2)] == ["61", "95"]
+    assert f"{max(v for (method, _), v in held_out.items() if method == 'deepinversion'):.1f}" == "92.8"
+    (run,) = (r for r in found if r["run"].startswith("gpu-cifar10-fast-80000"))
+    history = pd.read_csv(run["folder"] / "history.csv").set_index("student updates")
+    assert f"{100 * history.accuracy[8_000]:.0f}" == "66", "after a tenth of the updates"
 
 
 def unfounded(prose: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import replace
 
 import pytest
@@ -17,6 +16,7 @@ from dfkd_lib.methods.one_stage import LOSSES, MIXED, TWO_BACKWARDS
 from dfkd_lib.models import count_macs, count_parameters
 from dfkd_lib.models.dcgan import dcgan_discriminator, dcgan_generator
 from dfkd_lib.runtime import Runtime
+from dfkd_lib.training import checkpoints
 from dfkd_lib.training.fit import fit
 
 SHAPE = (1, 8, 8)
@@ -166,13 +166,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(float32, tmp_path, scheme):
         for seed, n in enumerate(stops):
             method = game(float32, seed=seed, scheme=scheme)
             if seed:
-                method.load_state_dict(torch.load(path))
+                method.load_state_dict(checkpoints.load(path))
             for _ in range(n):
                 method.step()
-            torch.save(copy.deepcopy(method.state_dict()), path)
+            checkpoints.save(path, method.state_dict())
         return method
 
-    whole, parts = game(float32, scheme=scheme), run(tmp_path / "state.pt", 2, 3)
+    whole, parts = game(float32, scheme=scheme), run(tmp_path / "state", 2, 3)
     for _ in range(5):
         whole.step()
     assert parts.steps == 5
