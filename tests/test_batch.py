@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -206,7 +207,12 @@ def test_an_interrupted_batch_of_our_own_goes_on() -> None:
 
 
 def test_workers_of_our_own_let_nobody_else_in_and_serve_no_pages() -> None:
-    from distributed import Client
+    from distributed.comm import connect
+    from distributed.security import Security
+
+    async def say_hello(address: str, security: Security, patience: float = 3) -> None:
+        comm = await connect(address, timeout=patience, **security.get_connection_args("client"))
+        comm.abort()
 
     with cluster.connect(None, 1, 0) as client:
         client.wait_for_workers(1)
@@ -214,10 +220,14 @@ def test_workers_of_our_own_let_nobody_else_in_and_serve_no_pages() -> None:
         mine = [scheduler.address, *scheduler.workers]
         assert all(address.startswith("tls://") for address in mine)
         for address in mine:
-            with pytest.raises(OSError):
-                Client(address.replace("tls://", "tcp://"), timeout=0.5, set_as_default=False)
-            with pytest.raises((OSError, TypeError)):
-                Client(address, timeout=0.5, set_as_default=False)
+            asyncio.run(say_hello(address, client.security, patience=60))
+            for stranger, at in (
+                (Security(), address.replace("tls://", "tcp://")),
+                (Security(), address),
+                (Security.temporary(), address),
+            ):
+                with pytest.raises((OSError, TypeError)):
+                    asyncio.run(say_hello(at, stranger))
         ours = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
         open_ports = {
             c.laddr.port for pid in ours for c in psutil.Process(pid).net_connections() if c.status == "LISTEN"
