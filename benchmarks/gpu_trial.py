@@ -1,10 +1,11 @@
-"""Ten minutes of a GPU, used in order of worth: python benchmarks/gpu_trial.py --minutes 9 --out runs/gpu-trial
+"""Ten minutes of a GPU, used in order of worth: python -m benchmarks.gpu_trial --minutes 9 --out runs/gpu-trial
 
 First what shows that the code is right there (every method: recorded against eager, a resume, float32 against the
 processor), then what it costs (milliseconds and kernels per update), then a teacher of CIFAR-10, Fast-5 at its
-published length, every method at a tenth of it, and further teachers, as many as fit: a run whose first evaluation
-shows that it will not end in time is left. Each record is written when its run ends. `--resume` goes on in the next
-ten minutes; `--device cpu --minutes 2` is the same at toy sizes. The data lie where DFKD_DATA says.
+published length, every method at a tenth of it, and further teachers, as many as fit: a run whose evaluations show
+that it will not end in time is left. Each record is written when its run ends. `--resume` goes on in the next
+ten minutes; `--device cpu --minutes 2` is the same at toy sizes. The data lie where DFKD_DATA says; a teacher that
+comes with the book needs no training images. `side_by_side.py` runs several of these at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -25,34 +26,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from dfkd_lib import data, distillers, models
+from benchmarks.gpu_checks import agreement, measure_speed
+from dfkd_lib import data, distillers, models, teachers
 from dfkd_lib.data import ImageSet
-from dfkd_lib.distillers import DataFreeMethod
 from dfkd_lib.errors import DFKDError, InputError
 from dfkd_lib.files import write_json
 from dfkd_lib.measures.evaluation import accuracy
-from dfkd_lib.methods.dfad import DFAD
+from dfkd_lib.methods import diagnosis
 from dfkd_lib.reproduction.chapter import Chapter
 from dfkd_lib.reproduction.parameters import parameters
 from dfkd_lib.runtime import Runtime
-from dfkd_lib.teachers import RECIPES, Recipe, Teacher, train_or_load
+from dfkd_lib.teachers import RECIPES, Recipe, Teacher
 from dfkd_lib.training import checkpoints
 from dfkd_lib.training.kd import KD
 from dfkd_lib.training.kd import Settings as KDSettings
 
 LABELS = {
     "fast": "Fast-5", "nayer": "NAYER", "dfq": "DFQ", "cmi": "CMI", "dafl": "DAFL", "dfad": "DFAD", "zskt": "ZSKT",
-    "deepinversion": "DeepInversion", "adi": "ADI", "random": "RANDOM",
+    "deepinversion": "DeepInversion", "adi": "ADI", "cpnet": "CPNet", "dfad-one-stage": "DFAD, one stage",
+    "random": "RANDOM",
 }  # fmt: skip
 """Rows of the comparison, the ones wanted most first."""
-
-TINY: dict[str, dict[str, Any]] = {
-    "fast": {"batch_size": 16, "synthesis_batch": 16, "warmup": 1, "g_steps": 3, "kd_steps": 3},
-    "nayer": {"batch_size": 16, "synthesis_batch": 20, "warmup": 1, "g_steps": 4, "kd_steps": 3},
-    "cmi": {"batch_size": 16, "synthesis_batch": 16, "preinvert": 1, "inner_steps": 5, "kd_steps": 3, "negatives": 16},
-    "deepinversion": {"batch_size": 16, "synthesis_batch": 16, "g_steps": 5, "kd_steps": 3},
-    "adi": {"batch_size": 16, "synthesis_batch": 16, "g_steps": 5, "kd_steps": 3},
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +88,9 @@ TOY = Scale(
 )
 
 
+PARTS = ("agreement", "speed", "teacher", "kd", "published", "short", "more")
+
+
 class TimeIsUp(BaseException):
     """The deadline has come in the middle of a run."""
 
@@ -107,10 +104,15 @@ class Trial:
 
     Args:
         deadline: in seconds of `time.perf_counter`.
+        updates: of the student in every short run; 0 takes the scale's.
+        shared: other trials run on the device at the same time.
     """
 
-    def __init__(self, out: Path, runtime: Runtime, scale: Scale, deadline: float) -> None:
+    def __init__(
+        self, out: Path, runtime: Runtime, scale: Scale, deadline: float, updates: int = 0, shared: bool = False
+    ) -> None:
         self.out, self.runtime, self.scale, self.deadline = out, runtime, scale, deadline
+        self.updates, self.shared = updates or scale.short_updates, shared
         self.speed: dict[str, dict[str, float]] = {}
 
     @property
@@ -138,63 +140,6 @@ class Trial:
             signal.signal(signal.SIGALRM, before)
 
 
-def tiny_method(name: str, runtime: Runtime) -> DataFreeMethod:
-    """A method on networks of a moment's work, the same each time."""
-    torch.manual_seed(0)
-    networks = [
-        models.build(kind, n_classes=10, in_channels=1, mean=[0.3], std=[0.3])
-        for kind in ("digits_cnn", "digits_cnn_half")
-    ]
-    with torch.no_grad():
-        for _ in range(10):
-            networks[0](torch.rand(64, 1, 8, 8))
-    settings = TINY.get(name, {"batch_size": 16})
-    return distillers.build(name, networks[0].eval(), networks[1], (1, 8, 8), runtime, preset="digits", n_updates=60,
-                            **settings)  # fmt: skip
-
-
-def apart(one: nn.Module, other: nn.Module) -> float:
-    """Largest difference of two networks' weights, relative to the largest weight."""
-    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
-    floats = [(a.double().cpu(), b.double().cpu()) for a, b in pairs if a.is_floating_point()]
-    return max(float((a - b).abs().max()) for a, b in floats) / max(float(a.abs().max()) for a, _ in floats)
-
-
-def agreement(name: str, device: torch.device, folder: Path) -> dict[str, float]:
-    """What one method does on the device: recorded against as written, resumed against uninterrupted, and against
-    the processor; relative differences of float32 weights and logits, 0 where there is none."""
-    eager = dataclasses.replace(Runtime.choose(str(device), "float32"), graphs=False)
-    recorded = dataclasses.replace(eager, graphs=device.type == "cuda")
-    methods = {how: tiny_method(name, runtime) for how, runtime in (("eager", eager), ("recorded", recorded))}
-    for method in methods.values():
-        for _ in range(6):
-            method.step()
-    first = tiny_method(name, recorded)
-    for _ in range(3):
-        first.step()
-    path = folder / f"{name}.safetensors"
-    checkpoints.save(path, first.state_dict())
-    resumed = tiny_method(name, recorded)
-    resumed.load_state_dict(checkpoints.load(path))
-    path.unlink()
-    for _ in range(3):
-        resumed.step()
-    on_cpu = tiny_method(name, Runtime.choose("cpu", "float32"))
-    on_cpu.student.load_state_dict(methods["recorded"].student.state_dict())  # copies across devices
-    x = torch.rand(32, 1, 8, 8, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        here = [
-            network.eval()(x.to(device)).cpu() for network in (methods["recorded"].teacher, methods["recorded"].student)
-        ]
-        there = [network.eval()(x) for network in (on_cpu.teacher, on_cpu.student)]
-    logits = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(here, there, strict=True))
-    return {
-        "recorded against eager": apart(methods["eager"].student, methods["recorded"].student),
-        "resumed against uninterrupted": apart(methods["recorded"].student, resumed.student),
-        "device against processor": logits,
-    }
-
-
 def new_student(trial: Trial, test: ImageSet, name: str = "") -> nn.Module:
     """The student (or another network) of the scale, untrained."""
     about = data.info(trial.scale.dataset)
@@ -203,68 +148,18 @@ def new_student(trial: Trial, test: ImageSet, name: str = "") -> nn.Module:
                         mean=about.mean, std=about.std)  # fmt: skip
 
 
-def milliseconds(work: Callable[[], Any], device: torch.device, warm_up: int, least: float = 0.2) -> float:
-    """Mean time of one call after the calls that make ready, over at least `least` seconds."""
-    for _ in range(warm_up):
-        work()
-    wait(device)
-    start, n = time.perf_counter(), 0
-    while time.perf_counter() - start < least or n < 2:
-        work()
-        n += 1
-        if n % 10 == 0:
-            wait(device)
-    wait(device)
-    return (time.perf_counter() - start) / n * 1000
-
-
-def wait(device: torch.device) -> None:
-    """Until the device is idle."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def kernels(work: Callable[[], Any], device: torch.device) -> int:
-    """Kernels that one call launches as it is written."""
-    if device.type != "cuda":
-        return 0
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-        work()
-        wait(device)
-    return sum(event.count for event in seen.key_averages() if event.self_device_time_total > 0)
-
-
-def measure_speed(trial: Trial, name: str, preset: str, test: ImageSet) -> dict[str, float]:
-    """Milliseconds of one student update and of one synthesis call, as written and recorded."""
-    found: dict[str, float] = {}
-    teacher = new_student(trial, test, trial.scale.teacher).eval()
-    for how, graphs in (("eager", False), ("recorded", trial.runtime.graphs)):
-        if how == "recorded" and not graphs:
-            continue
-        runtime = dataclasses.replace(trial.runtime, graphs=graphs)
-        student = new_student(trial, test)
-        method: Any = distillers.build(name, teacher, student, test.image_shape, runtime, preset=preset, n_updates=1000)
-        method.step()  # fills the bank
-        method.calls = 10_000  # past any warm-up
-        per_update = isinstance(method, DFAD)
-        imitate = method.imitation if per_update else method.imitate
-        synthesize = method.generation if per_update else method.synthesize
-        found[f"update, {how}"] = milliseconds(imitate, runtime.device, 5)
-        found[f"call, {how}"] = milliseconds(synthesize, runtime.device, 1 if hasattr(method, "bank") else 5)
-        if how == "eager":
-            found["kernels per update"] = kernels(imitate, runtime.device)
-    return found
-
-
-def teacher_of(trial: Trial, dataset: str) -> tuple[Teacher, ImageSet, ImageSet]:
-    """A trained teacher, its training and its test images."""
+def teacher_of(trial: Trial, dataset: str) -> Teacher:
+    """A trained teacher: the book's, else one trained here."""
     size = 8 if dataset == "digits" else 32
-    train = data.load(dataset, "train", image_size=size)
-    test = data.load(dataset, "test", image_size=size, device=trial.runtime.device)
     started = time.perf_counter()
-    teacher = train_or_load(trial.scale.teacher, train, test, trial.scale.recipe, trial.runtime)
+    name, runtime = trial.scale.teacher, dataclasses.replace(trial.runtime, seed=0)
+    teacher = teachers.from_book(name, dataset, trial.scale.recipe, runtime)
+    if teacher is None:
+        train = data.load(dataset, "train", image_size=size)
+        test = data.load(dataset, "test", image_size=size, device=runtime.device)
+        teacher = teachers.train_or_load(name, train, test, trial.scale.recipe, runtime)
     trial.say(f"teacher of {dataset}: {teacher.facts['test']}, {time.perf_counter() - started:.0f} s")
-    return teacher, train, test
+    return teacher
 
 
 def chapter_of(trial: Trial, folder: str, **chosen: Any) -> Chapter:
@@ -290,10 +185,10 @@ def distil(trial: Trial, chapter: Chapter, name: str, teacher: Teacher, test: Im
            **settings: Any) -> None:  # fmt: skip
     """One data-free row: accuracy and what was spent, its curve, its student in half precision."""
     preset, n_updates, row = chapter.parameters["preset"], chapter.parameters["n_updates"], f"comparison/{LABELS[name]}"
-    method = distillers.build(name, teacher.module, new_student(trial, test), test.image_shape, chapter.runtime,
+    method: Any = distillers.build(name, teacher.module, new_student(trial, test), test.image_shape, chapter.runtime,
                               preset=preset, n_updates=n_updates, **settings)  # fmt: skip
     calls = distillers.n_calls(method)
-    start, left = time.perf_counter(), trial.left
+    start, began = time.perf_counter(), dict[str, float]()
 
     def figures() -> dict[str, float]:
         spent = method.budget
@@ -302,23 +197,34 @@ def distil(trial: Trial, chapter: Chapter, name: str, teacher: Teacher, test: Im
             "student updates": spent.student_updates,
             "images": spent.images,
             "teacher passes": spent.teacher_passes,
-            "synthesis seconds": spent.synthesis_seconds,
-            "distillation seconds": spent.distillation_seconds,
-            "total seconds": spent.synthesis_seconds + spent.distillation_seconds,
         }
+        if not trial.shared:  # seconds beside others say nothing of a method
+            found |= {
+                "synthesis seconds": spent.synthesis_seconds,
+                "distillation seconds": spent.distillation_seconds,
+                "total seconds": spent.synthesis_seconds + spent.distillation_seconds,
+            }
         done = getattr(method, "calls", 0) or getattr(method, "steps", 0)
-        if calls > done > 0 and (needed := (time.perf_counter() - start) * calls / done) > left:
-            raise TooLong(f"{row} would take {needed:.0f} s")
+        if first := began.get("calls"):  # the calls before it drew warm-up batches and were recorded
+            needed = (time.perf_counter() - began["time"]) / (done - first) * (calls - done)
+            if needed > trial.left:
+                raise TooLong(f"{row} would take {needed:.0f} s more")
+        elif done:
+            began.update({"calls": done, "time": time.perf_counter()})
         return found
 
     try:
-        chapter.fit(row, method, calls, evaluate=figures, eval_every=max(1, calls // n_evaluations),
+        done = chapter.fit(row, method, calls, evaluate=figures, eval_every=max(1, calls // n_evaluations),
                     watch=lambda: method.watch(40), may_diverge=True)  # fmt: skip
     except TooLong as e:
         trial.say(f"{e}: left out")
         return
     for what, value in settings.items():
         if isinstance(value, int | float):
+            chapter.note(f"{row}/{what}", value)
+    if done:
+        terms = diagnosis.terms_of_a_run(teacher.module, done.history, method.settings, test, chapter.runtime)
+        for what, value in terms.items():
             chapter.note(f"{row}/{what}", value)
     keep(chapter, name, method.student)
     if chapter.out and row in chapter.fits:
@@ -358,8 +264,9 @@ def keep(chapter: Chapter, name: str, student: nn.Module) -> None:
     chapter.finish()
 
 
-def on_data(trial: Trial, chapter: Chapter, teacher: Teacher, train: ImageSet, test: ImageSet, n_updates: int) -> None:
+def on_data(trial: Trial, chapter: Chapter, teacher: Teacher, test: ImageSet, n_updates: int) -> None:
     """The row that has the teacher's training images."""
+    train = data.load(trial.scale.dataset, "train", image_size=test.image_shape[-1])
     settings = KDSettings(batch_size=trial.scale.batch_size, loss="KL", lr=0.1, augment=test.image_shape[0] == 3,
                           milestones=(round(0.6 * n_updates), round(0.85 * n_updates)))  # fmt: skip
     method = KD(teacher.module, new_student(trial, test), train, settings, chapter.runtime)
@@ -386,22 +293,25 @@ def run(trial: Trial, parts: list[str], methods: list[str]) -> None:
         for name in methods:
             for preset in (scale.preset, *(["paper"] if name == "fast" and scale is REAL else [])):
                 try:
-                    trial.speed[f"{name} {preset}"] = measure_speed(trial, name, preset, test)
+                    trial.speed[f"{name} {preset}"] = measure_speed(
+                        name, preset, new_student(trial, test, scale.teacher).eval(), lambda: new_student(trial, test),
+                        test.image_shape, runtime,
+                    )  # fmt: skip
                 except Exception as e:
                     trial.say(f"{name} {preset}: {type(e).__name__}: {e}"[:500])
                     continue
                 rounded = {what: round(ms, 2) for what, ms in trial.speed[f"{name} {preset}"].items()}
                 trial.say(f"{name} {preset}: {rounded}")
         write_json(trial.out / "speed.json", trial.speed)
-    if "teacher" not in parts:
-        return
-    teacher, train, test = teacher_of(trial, scale.dataset)
-    short = None
-    if "short" in parts:
-        short = chapter_of(trial, f"{scale.dataset}-{scale.short_updates}", methods=methods, preset=scale.preset,
-                           n_updates=scale.short_updates, batch_size_kd=scale.batch_size, lr_kd=0.1)  # fmt: skip
+    if not {"teacher", "published", "kd", "short"}.isdisjoint(parts):
+        teacher = teacher_of(trial, scale.dataset)
+    if not {"kd", "short"}.isdisjoint(parts):
+        short = chapter_of(trial, f"{scale.dataset}-{trial.updates}", methods=methods, preset=scale.preset,
+                           n_updates=trial.updates, batch_size_kd=scale.batch_size, lr_kd=0.1)  # fmt: skip
         note_teacher(short, teacher)
-        on_data(trial, short, teacher, train, test, scale.short_updates)
+    if "kd" in parts:
+        on_data(trial, short, teacher, test, trial.updates)
+    if "short" in parts:
         distil(trial, short, methods[0], teacher, test, 8, batch_size=scale.batch_size)
     if "published" in parts:
         published = chapter_of(trial, f"{scale.dataset}-fast-{scale.published_updates}", methods=["fast"],
@@ -411,7 +321,7 @@ def run(trial: Trial, parts: list[str], methods: list[str]) -> None:
         more = {"bn_scale": batch_norm_scale(trial, published, "fast", teacher, test)} if scale is REAL else {}
         published.note("comparison/Fast-5/relative batch-norm term", float(more.get("bn_scale") == "relative"))
         distil(trial, published, "fast", teacher, test, 40, **more)
-    if short:
+    if "short" in parts:
         for name in methods[1:]:
             distil(trial, short, name, teacher, test, 8, batch_size=scale.batch_size)
     for dataset in scale.more_teachers if "more" in parts else ():
@@ -432,8 +342,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/gpu-trial"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--resume", action="store_true", help="go on in a folder that holds an earlier trial")
-    parser.add_argument("--parts", nargs="+", default=["agreement", "speed", "teacher", "published", "short", "more"])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--methods", nargs="+", default=list(LABELS), choices=list(LABELS))
+    parser.add_argument("--updates", type=int, default=0, help="student updates of the short runs; 0: a tenth")
+    parser.add_argument("--shared", action="store_true", help="others use the device meanwhile: note no seconds")
     args = parser.parse_args()
     deadline = time.perf_counter() + 60 * args.minutes
     try:
@@ -444,7 +356,8 @@ def main() -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         os.environ.setdefault("DFKD_CACHE", str(args.out / "cache"))
         os.environ.setdefault("DFKD_CHECKPOINT_SECONDS", "60")
-        trial = Trial(args.out, runtime, REAL if runtime.device.type == "cuda" else TOY, deadline)
+        scale = REAL if runtime.device.type == "cuda" else TOY
+        trial = Trial(args.out, runtime, scale, deadline, args.updates, args.shared)
         trial.say(runtime.describe())
         with trial.limited():
             run(trial, args.parts, args.methods)

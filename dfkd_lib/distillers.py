@@ -45,7 +45,9 @@ _ENTRIES = {
     "fast": _Entry("fast", "Fast"),
     "cmi": _Entry("cmi", "CMI"),
     "nayer": _Entry("nayer", "NAYER"),
+    "cpnet": _Entry("cpnet", "CPNet"),
     "dfad": _Entry("dfad", "DFAD"),
+    "dfad-one-stage": _Entry("one_stage", "OneStageDFAD", {"k": 1, "generator_steps": 1}, "dfad"),
     "random": _Entry("dfad", "DFAD", {"generator_steps": 0}, "dfad"),
 }
 

@@ -131,7 +131,8 @@ def distill(
         out: folder for `student.safetensors` (its weights), `record.json` and a checkpoint. The same call with the same
             folder continues an interrupted run.
         progress: show a live line, on a terminal or in a notebook.
-        settings: any setting of the method, such as batch_size=64 or g_steps=10.
+        settings: any setting of the method, such as batch_size=64 or g_steps=10; for "dfad", one_stage=True updates
+            both players from one backward pass, which is method "dfad-one-stage".
 
     Raises:
         InputError: something does not fit; one line says what, and what to do.
@@ -142,6 +143,10 @@ def distill(
     Warns:
         UserWarning: a network may not be what it should, or a file could not be written; also in `record["warnings"]`.
     """
+    if settings.pop("one_stage", False):
+        if method != "dfad":
+            raise InputError(f"one_stage is a way to train method 'dfad'; {method!r} has no such setting")
+        method = "dfad-one-stage"
     shape = arguments.shape_of_images(image_shape)
     preset = preset or _preset(shape)
     chosen = settings_for(method, preset=preset, n_updates=n_updates, image_shape=shape, **settings)

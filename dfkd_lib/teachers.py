@@ -128,12 +128,26 @@ def train_or_load(
         return _load(path, runtime)
 
 
+def from_book(model: str, dataset: str, recipe: Recipe, runtime: Runtime) -> Teacher | None:
+    """The teacher of this recipe that comes with the book, or None; its training images are not asked for.
+
+    Raises:
+        DamagedFile: its files are corrupt; the message names them.
+    """
+    wanted = {"model": model, "data": {"name": dataset}, "recipe": asdict(recipe), "pretrained": False}
+    shelved = _in_book(wanted)
+    return _load(shelved, runtime) if shelved else None
+
+
 def _in_book(wanted: dict[str, Any]) -> Path | None:
     """The weights of a teacher that comes with the book and was trained by this recipe on these data."""
     as_read = json.loads(json.dumps(wanted))
     for path in sorted((book_root() / "teachers").glob(f"{wanted['data']['name']}-{wanted['model']}-*.json")):
         facts = read_json(path)
-        if isinstance(facts, dict) and all(facts.get(key) == as_read[key] for key in _SAME):
+        if not isinstance(facts, dict):
+            continue
+        known = facts | {"data": {key: facts.get("data", {}).get(key) for key in as_read["data"]}}
+        if all(known.get(key) == as_read[key] for key in _SAME):
             return path.with_suffix(".safetensors")
     return None
 

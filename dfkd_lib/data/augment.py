@@ -1,8 +1,9 @@
-"""Random crops and flips of a whole batch on its device, and the order in which images are visited."""
+"""Random crops, flips, colours and mixtures of a whole batch on its device; the order in which images are visited."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -58,6 +59,64 @@ def resized_crop_flip(
     rows = (torch.stack([side * mirror, zero, across], 1), torch.stack([zero, side, down], 1))
     where = F.affine_grid(torch.stack(rows, 1), list(x.shape), align_corners=False)
     return F.grid_sample(x, where, padding_mode="border", align_corners=False)
+
+
+def colour_jitter(x: Tensor, *, p: float, strength: float = 0.1, generator: torch.Generator) -> Tensor:
+    """Change brightness, contrast, saturation and hue of some images, in this order.
+
+    The first three are factors from [1 - strength, 1 + strength], hue is turned about the axis of greys by up to
+    `strength` of a whole turn either way; grey is the mean of the channels. Of one channel, saturation and hue change
+    nothing.
+
+    Args:
+        x: float [B, C, H, W] in [0, 1], C 1 or 3.
+        p: probability with which an image is changed.
+        generator: on the device of `x`; the same state gives the same result.
+
+    Returns:
+        Like x, changed images clamped to [0, 1]; differentiable with respect to it.
+    """
+    draws = torch.rand(5, len(x), 1, 1, 1, generator=generator, device=x.device)
+    brightness, contrast, saturation = 1 + strength * (2 * draws[:3] - 1)
+    angle = 2 * math.pi * strength * (2 * draws[3] - 1)
+    y = brightness * x
+    y = contrast * y + (1 - contrast) * y.mean((1, 2, 3), keepdim=True)
+    grey = y.mean(1, keepdim=True)
+    across = (y.roll(1, 1) - y.roll(-1, 1)) / math.sqrt(3)
+    y = grey + saturation * (angle.cos() * (y - grey) + angle.sin() * across)
+    return torch.where(draws[4] < p, y.clamp(0, 1).to(x.dtype), x)
+
+
+def cut_mix(x: Tensor, *, p: float, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """With probability p for the whole batch, paste into each image a patch of another one, at the same place.
+
+    The partners are a random permutation of the batch. An image's patch has floor(sqrt(l) H) rows and floor(sqrt(l) W)
+    columns, l from U(0, 1), about a random pixel, and is cut off at the edges.
+
+    Args:
+        x: float [B, C, H, W].
+        generator: on the device of `x`; the same state gives the same result.
+
+    Returns:
+        The images, differentiable with respect to x; the number of each one's partner, int64 [B]; the share of
+        its pixels that were pasted, float32 [B] in [0, 1].
+    """
+    b, _, h, w = x.shape
+    draws = torch.rand(4, b, generator=generator, device=x.device)
+    mixes = torch.rand((), generator=generator, device=x.device) < p
+    partners, side = draws[0].argsort(), draws[1].sqrt()
+    rows, columns = _stretch(h, side, draws[2]), _stretch(w, side, draws[3])
+    pasted = rows[:, :, None] & columns[:, None, :] & mixes
+    mixed = torch.where(pasted[:, None], x.index_select(0, partners), x)
+    return mixed, partners, pasted.sum((1, 2)) / (h * w)
+
+
+def _stretch(n: int, share: Tensor, place: Tensor) -> Tensor:
+    """Which of n pixels lie in a stretch of floor(share n) about the pixel floor(place n); bool [B, n]."""
+    length = (share * n).floor()
+    first = (place * n).floor() - (length / 2).floor()
+    at = torch.arange(n, device=share.device)
+    return (at >= first[:, None]) & (at < (first + length)[:, None])
 
 
 def paired_crop_flip(

@@ -77,7 +77,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "balance": 5.0, "lr_student": 0.2, "samples_in_eval": False,
     },
     "mnist": {
-        "batch_size": 64, "latent_dim": 100, "ngf": 16, "lr_generator": 3e-3, "optimizer": "sgd", "lr_student": 0.1,
+        "batch_size": 64, "latent_dim": 100, "ngf": 16, "lr_generator": 3e-3, "optimizer": "sgd", "lr_student": 0.05,
         "weight_decay": 1e-4, "oh": 1.0, "balance": 5.0, "act": 1e-3, "kd_steps": 5, "generator": "generator_dafl",
         "joint": False,
     },

@@ -73,7 +73,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "mnist": {
         "batch_size": 64,
-        "kd_steps": 5,
+        "kd_steps": 2,
         "latent_dim": 100,
         "ngf": 16,
         "lr_generator": 3e-3,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import losses
+from ..data import ImageSet
 from ..runtime import Runtime
 from ..taps import batch_norm_layers, tapped
 from .inversion import batch_norm_loss
@@ -53,6 +54,30 @@ def matching_terms_of(
         t = teacher(runtime.images(x)).to(runtime.dtype)
     class_term = losses.cross_entropy(t, labels.to(t.device))
     return float(batch_norm_loss(seen, scale)), float(class_term)
+
+
+def terms_of_a_run(
+    teacher: nn.Module, history: Sequence[Mapping[str, float]], settings: Any, real: ImageSet, runtime: Runtime
+) -> dict[str, float]:
+    """Both terms at the first and the last reading of a run, and on as many real images as it makes at a time.
+
+    Args:
+        real: images with labels [N], to be looked at, not learnt from.
+
+    Returns:
+        "batch-norm term, first" and so on for first, last and real, and "batch-norm weight"; empty for a method
+        without such terms.
+    """
+    first, last = (matching_terms(row, settings) for row in (history[0], history[-1]))
+    if not (first and last):
+        return {}
+    x, labels = real.batch(torch.arange(getattr(settings, "synthesis_batch", settings.batch_size)))
+    on_real = matching_terms_of(teacher, x, labels, runtime, scale=settings.bn_scale)
+    return {
+        f"{term} term, {when}": value
+        for when, terms in (("first", first), ("last", last), ("real", on_real))
+        for term, value in zip(("batch-norm", "class"), terms, strict=True)
+    } | {"batch-norm weight": settings.bn}
 
 
 def without_classes(history: Sequence[Mapping[str, float]], settings: Any, n_classes: int) -> str:

@@ -29,6 +29,7 @@ from ..losses import mae
 from ..runtime import Runtime, random_state_kept
 from ..training.replay import Replay
 from .dfad import DFAD, Settings, generation_loss, imitation_loss
+from .dfad import PRESETS as TWO_STAGES
 
 DIRECT, MIXED, TWO_BACKWARDS = "direct", "mixed", "two backwards"
 FORMS = (MIXED, DIRECT, TWO_BACKWARDS)
@@ -271,6 +272,14 @@ def step_together(scaler: torch.amp.GradScaler, *optimizers: Optimizer) -> None:
     for optimizer in optimizers:
         scaler.step(optimizer)
     scaler.update()
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    scale: preset
+    | {"k": 1, "lr_generator": preset.get("lr_generator", Settings.lr_generator) / preset.get("k", Settings.k)}
+    for scale, preset in TWO_STAGES.items()
+}
+"""Those of DFAD, with the generator's rate cut by the k steps of the student that it no longer waits for."""
 
 
 def distillation_ratio(discrepancy: Tensor, settings: Settings) -> Tensor:
