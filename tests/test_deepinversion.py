@@ -269,7 +269,7 @@ def test_the_relative_batch_norm_term_is_that_of_the_same_network_at_any_scale(r
     assert term(30.0, "absolute")[0] > 30 * term(1.0, "absolute")[0]
 
 
-@pytest.mark.parametrize("module", ["cmi", "deepinversion", "dfq", "fast", "nayer"])
+@pytest.mark.parametrize("module", ["cmi", "cpnet", "deepinversion", "dfq", "fast", "nayer"])
 def test_an_unknown_scale_of_the_batch_norm_term_is_named(module):
     settings = import_module(f"dfkd_lib.methods.{module}").Settings
     assert settings().bn_scale == "absolute", "the form of the papers"

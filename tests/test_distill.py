@@ -217,7 +217,7 @@ def test_a_transformer_without_batch_norm(method):
     assert result.budget.student_updates == 4
 
 
-@pytest.mark.parametrize("method", ["fast", "cmi", "nayer", "deepinversion", "adi", "dfq"])
+@pytest.mark.parametrize("method", ["fast", "cmi", "nayer", "cpnet", "deepinversion", "adi", "dfq"])
 def test_methods_that_need_batch_norm_say_so_and_what_does_not(method):
     teacher, student = teacher_and_student(Attention)
     options = {key: value for key, value in QUICK.items() if key not in ("batch_size", "latent_dim", "ngf")}

@@ -36,6 +36,7 @@ TINY: dict[str, dict[str, Any]] = {
     "dfq": {"latent_dim": 8, "ngf": 4},
     "fast": {"latent_dim": 8, "ngf": 4, "synthesis_batch": 8, "warmup": 1, "g_steps": 2},
     "nayer": {"latent_dim": 8, "ngf": 4, "synthesis_batch": 8, "warmup": 1, "g_steps": 2, "embedding_dim": 8},
+    "cpnet": {"latent_dim": 8, "synthesis_batch": 8, "warmup": 1, "g_steps": 2, "embedding_dim": 8},
     "cmi": {"latent_dim": 8, "ngf": 4, "synthesis_batch": 8, "preinvert": 1, "inner_steps": 2},
     "deepinversion": {"synthesis_batch": 8, "g_steps": 2},
     "adi": {"synthesis_batch": 8, "g_steps": 2},
@@ -391,7 +392,7 @@ def with_norm(norm: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize("norm", [FrozenBatchNorm2d, nn.SyncBatchNorm, lambda _: Own()])
-@pytest.mark.parametrize("method", ["fast", "dfq", "deepinversion", "cmi", "nayer"])
+@pytest.mark.parametrize("method", ["fast", "dfq", "deepinversion", "cmi", "nayer", "cpnet"])
 def test_every_batch_norm_with_running_statistics_is_matched(norm, method):
     assert distilled(with_norm(norm(8)), method=method).budget.student_updates == 2
 
