@@ -220,7 +220,7 @@ def test_a_recording_that_fails_leaves_the_random_streams_as_they_were(monkeypat
     monkeypatch.setattr(torch.cuda, "CUDAGraph", graph)
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: Breaking(drawn))
     recorder = object.__new__(replay.CudaRecorder)
-    recorder.stream = None
+    recorder.stream = recorder.memory = None
     before = drawn.get_state()
     with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="not permitted"):
         fresh = Stream()

@@ -36,6 +36,7 @@ COLOURS = {
     "CMI": INDIGO,
     "Fast": VERMILION,
     "NAYER": WINE,
+    "CPNet": PURPLE,
     "KD OOD": SKY,
     "data-free": INDIGO,
     "no D": SAND,

@@ -80,10 +80,15 @@ class Replay:
 
 
 class CudaRecorder:
-    """CUDA graphs, recorded on a stream of their own on which the warm-up runs too."""
+    """CUDA graphs, recorded on a stream of their own on which the warm-up runs too.
+
+    They share their memory: one is replayed at a time, and between replays nothing lives in it but results, of which
+    the caller gets copies. CMI, whose memory grows, records an inner step some twenty times.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
+        self.memory: Any = torch.cuda.graph_pool_handle()
 
     def around(self) -> AbstractContextManager[Any]:
         """The recording's stream, after and before all other work of the device."""
@@ -97,7 +102,7 @@ class CudaRecorder:
         gc.collect()
         gc.disable()  # an older graph that is collected in the middle of a recording breaks it
         try:
-            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self.memory, stream=self.stream, capture_error_mode="thread_local"):
                 results = work()
         except RuntimeError:
             for stream, state in zip(streams, before, strict=True):  # which would believe that it is still recorded
