@@ -78,7 +78,7 @@ def gather(out: Path) -> list[Path]:
 
 def _merged(folder: Path, rows: list[dict[str, Any]]) -> Path:
     rows.sort(key=lambda r: ROWS.index(Path(r["folder"]).parent.name))
-    methods = [name for r in rows for name in r["parameters"]["methods"] if Path(r["folder"]).parent.name == name]
+    methods = [name for r in rows if (name := Path(r["folder"]).parent.name) != ON_DATA]
     for r in rows[1:]:
         for key in ("code", "packages", "hardware"):
             if r[key] != rows[0][key]:

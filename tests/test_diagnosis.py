@@ -9,7 +9,8 @@ import torch
 from conftest import classifier, settled
 
 from dfkd_lib import distillers
-from dfkd_lib.methods.diagnosis import matching_terms, matching_terms_of, without_classes
+from dfkd_lib.data import ImageSet
+from dfkd_lib.methods.diagnosis import matching_terms, matching_terms_of, terms_of_a_run, without_classes
 from dfkd_lib.methods.inversion import batch_norm_loss
 from dfkd_lib.taps import batch_norm_layers, tapped
 
@@ -56,6 +57,24 @@ def test_the_terms_of_real_images_are_the_teachers(scale, float32):
     of_bn, of_class = matching_terms_of(teacher, x, labels, float32, scale=scale)
     assert of_bn == pytest.approx(float(batch_norm_loss(seen, scale).detach()))
     assert of_class == pytest.approx(float(-t.log_softmax(1)[range(20), labels].mean().detach()))
+
+
+def test_a_run_has_its_terms_at_both_ends_and_on_as_many_real_images(float32):
+    teacher, x, labels = settled().eval(), torch.rand(30, 1, 8, 8), torch.arange(30) % 5
+    real = ImageSet((255 * x).byte(), labels, classes=tuple("abcde"), name="mine", split="test")
+    settings = distillers.settings_for("fast", preset="paper", synthesis_batch=12, bn=3.0, bn_scale="relative")
+    history = [
+        {"bn loss": 7.0, "target loss": 3.0},
+        {"bn loss": 9.0, "target loss": 8.0},
+        {"bn loss": 2.0, "target loss": 1.0},
+    ]
+    found = terms_of_a_run(teacher, history, settings, real, float32)
+    of_bn, of_class = matching_terms_of(teacher, *real.batch(torch.arange(12)), float32, scale="relative")
+    assert found == {
+        "batch-norm term, first": 7.0, "class term, first": 3.0, "batch-norm term, last": 2.0, "class term, last": 1.0,
+        "batch-norm term, real": of_bn, "class term, real": of_class, "batch-norm weight": 3.0,
+    }  # fmt: skip
+    assert terms_of_a_run(teacher, [{"generator loss": 1.0}], settings, real, float32) == {}
 
 
 def test_images_without_a_class_are_said_to_be_so_in_one_line():

@@ -20,6 +20,7 @@ from dfkd_lib.data import ImageSet
 from dfkd_lib.errors import DFKDError, InputError
 from dfkd_lib.measures.evaluation import accuracy
 from dfkd_lib.methods.dfad import DFAD
+from dfkd_lib.methods.one_stage import OneStageDFAD
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.teachers import RECIPES
 from dfkd_lib.training.fit import fit
@@ -227,6 +228,18 @@ def test_methods_that_need_batch_norm_say_so_and_what_does_not(method):
 
 
 # --- what it measures and keeps -----------------------------------------------------------------------------------
+
+
+def test_dfad_can_be_played_in_one_stage(monkeypatch):
+    played = []
+    monkeypatch.setattr(OneStageDFAD, "step", lambda self, step=OneStageDFAD.step: played.append(self) or step(self))
+    options = {key: value for key, value in QUICK.items() if key != "kd_steps"}
+    result = dfkd_lib.distill(*teacher_and_student(), method="dfad", one_stage=True, **options)
+    assert len(played) == result.budget.student_updates == QUICK["n_updates"]
+    assert result.record["parameters"]["method"] == "dfad-one-stage"
+    for method, settings in (("fast", {}), ("dfad", {"k": 3})):
+        with pytest.raises(InputError, match=r"one_stage is a way|k = 1 by definition; choose method 'dfad'"):
+            dfkd_lib.distill(*teacher_and_student(), method=method, one_stage=True, **options | settings)
 
 
 def test_test_images_may_be_bytes_floats_or_a_set():

@@ -28,7 +28,8 @@ TINY = {
 
 def tiny(name: str) -> dict[str, int]:
     known = distillers.settings_for(name, preset="paper")
-    return {key: value for key, value in TINY.items() if hasattr(known, key)}
+    fixed = {"k"} if name == "dfad-one-stage" else set()
+    return {key: value for key, value in TINY.items() if hasattr(known, key) and key not in fixed}
 
 
 def players(seed: int = 0) -> tuple[nn.Module, nn.Module]:

@@ -31,7 +31,9 @@ VARIANTS = [
     *distillers.names(), "dafl, joint", "zskt, fresh noise", "zskt, attention", "dfq, statistics of a Gaussian",
     "fast, reptile", "nayer, noisy layers that stay", "cmi, without contrast", "kd", "supervised",
 ]  # fmt: skip
-UNUSED = {"random": {"generation"}, "zskt, fresh noise": {"lecture"}}
+UNUSED = {
+    "random": {"generation"}, "zskt, fresh noise": {"lecture"}, "dfad-one-stage": {"imitation", "generation"},
+}  # fmt: skip
 # Each kind of update is recorded, those of the first call too, and replayed.
 LONGER = {"inner_steps": 4, "g_steps": 4, "memory_size": 16, "negatives": 8}
 

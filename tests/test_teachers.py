@@ -16,7 +16,7 @@ from dfkd_lib.errors import DamagedFile, DFKDError
 from dfkd_lib.files import sha256
 from dfkd_lib.locations import book_root
 from dfkd_lib.runtime import Runtime
-from dfkd_lib.teachers import Teacher, put_into_book, recipe, train_or_load
+from dfkd_lib.teachers import Teacher, from_book, put_into_book, recipe, train_or_load
 from dfkd_lib.training.supervised import Recipe
 
 QUICK = Recipe(epochs=1, batch_size=64, lr=0.05, schedule="one-cycle")
@@ -106,6 +106,20 @@ def test_a_teacher_comes_with_the_book_in_any_precision_and_is_trained_when_aske
     assert own.path.parent == tmp_path / "empty" / "teachers"
     other = train_or_load("digits_cnn_half", load("digits", "train"), test, replace(QUICK, lr=0.06), runtime)
     assert other.path != path, "another recipe is another teacher"
+
+
+def test_a_teacher_of_the_book_needs_no_training_images(tmp_path, monkeypatch):
+    trained = ask()
+    path = put_into_book(trained, load("digits", "test"), Runtime.choose("cpu", "float32"), tmp_path / "teachers")
+    monkeypatch.setenv("DFKD_BOOK", str(tmp_path))
+    monkeypatch.setattr("dfkd_lib.data.sources.arrays", lambda *_: pytest.fail("images were asked for"))
+    runtime = Runtime.choose("cpu", "float32", seed=5)
+    found = from_book("digits_cnn_half", "digits", QUICK, runtime)
+    assert found and found.path == path
+    assert not any(p.requires_grad for p in found.module.parameters())
+    for asked in (("digits_cnn", "digits", QUICK), ("digits_cnn_half", "mnist", QUICK),
+                  ("digits_cnn_half", "digits", replace(QUICK, lr=0.06))):  # fmt: skip
+        assert from_book(*asked, runtime) is None
 
 
 def test_the_teachers_of_the_book_are_whole():
