@@ -7,8 +7,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .distilling import Distilled, distill
     from .reusing import amalgamate, graft
+    from .transferring import select_layer, transferability
+    from .zero_shot import QFSL, SelectiveClassifier
 
-__all__ = ["Distilled", "amalgamate", "distill", "graft"]
+__all__ = [
+    "QFSL",
+    "Distilled",
+    "SelectiveClassifier",
+    "amalgamate",
+    "distill",
+    "graft",
+    "select_layer",
+    "transferability",
+]
 __version__ = "0.1.0"
 
 
@@ -18,6 +29,14 @@ def __getattr__(name: str) -> Any:
         from . import reusing
 
         return getattr(reusing, name)
+    if name in ("select_layer", "transferability"):
+        from . import transferring
+
+        return getattr(transferring, name)
+    if name in ("QFSL", "SelectiveClassifier"):
+        from . import zero_shot
+
+        return getattr(zero_shot, name)
     if name in __all__:
         from . import distilling
 
