@@ -33,6 +33,22 @@ def shape_of_images(image_shape: Sequence[int]) -> tuple[int, int, int]:
     return channels, height, width
 
 
+def minutes_of_run(minutes: float | None, n_updates: int | None) -> float | None:
+    """Minutes of wall-clock time, above 0 and finite, or None.
+
+    Raises:
+        InputError: something else, or a number of updates beside them.
+    """
+    if minutes is None:
+        return None
+    minutes = typed("minutes", minutes, float)
+    if not 0 < minutes < float("inf"):
+        raise InputError(f"minutes must be above 0, not {minutes:g}")
+    if n_updates is not None:
+        raise InputError("minutes and n_updates both say how long to train; give one of them")
+    return minutes
+
+
 def statistics_of_images(
     mean: Sequence[float] | None, std: Sequence[float] | None, channels: int, *networks: nn.Module
 ) -> tuple[list[float], list[float]] | None:

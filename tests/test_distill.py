@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import dfkd_lib
-from dfkd_lib import checking, compiling, data, distilling, lending, models, records
+from dfkd_lib import checking, compiling, data, distillers, distilling, lending, models, records
 from dfkd_lib.data import ImageSet
 from dfkd_lib.errors import DFKDError, InputError
 from dfkd_lib.measures.evaluation import accuracy
@@ -293,7 +293,7 @@ def test_settings_that_json_does_not_know_are_recorded(tmp_path):
 def test_an_interrupted_run_continues_to_the_same_result(tmp_path, monkeypatch, method, options):
     options = options | {"n_updates": 8}
     whole = dfkd_lib.distill(*teacher_and_student(), method, **options)
-    kind = type(distilling.build(method, *teacher_and_student(), SHAPE, Runtime.choose("cpu"), n_updates=4))
+    kind = type(distillers.build(method, *teacher_and_student(), SHAPE, Runtime.choose("cpu"), n_updates=4))
     step, taken = kind.step, []
 
     def dies(self: Any) -> dict[str, Tensor]:

@@ -14,7 +14,20 @@ GROUND = ["compiling", "errors", "files", "locations", "runtime", "settings"]
 TENSORS = ["data", "losses", "taps", "banks"]
 WORK = ["training", "models", "measures"]
 OWN = ["arguments", "checking", "lending"]
-FRONT = ["distilling", "distillers", "reusing", "teachers"]
+FRONT = [
+    "distilling",
+    "distillers",
+    "exporting",
+    "loading_networks",
+    "own_images",
+    "planning",
+    "prepared",
+    "reports",
+    "reusing",
+    "teachers",
+    "transferring",
+    "zero_shot",
+]
 
 ARROWS = {
     "errors": [],
@@ -37,9 +50,17 @@ ARROWS = {
     "methods": [*GROUND, *TENSORS, *OWN, *WORK],
     "distillers": [*GROUND, "methods"],
     "teachers": [*GROUND, *TENSORS, *WORK],
-    "distilling": [*GROUND, *TENSORS, *OWN, *WORK, "methods", "distillers", "records"],
+    "prepared": ["runtime", "checking", "lending", "training"],
+    "own_images": [*GROUND, "data", "training", "distillers"],
+    "planning": [*GROUND, "data", "training", "measures", "methods", "distillers", "own_images", "prepared"],
+    "distilling": [*GROUND, *TENSORS, *OWN, *WORK, "methods", "planning", "prepared", "own_images", "records"],
+    "loading_networks": ["errors"],
+    "exporting": ["errors", "files", "runtime", "lending", "training"],
+    "reports": ["files", "lending", "training", "distillers", "distilling"],
     "reusing": [*GROUND, *TENSORS, *OWN, *WORK, "methods"],
-    "__init__": ["distilling", "reusing"],
+    "transferring": [*GROUND, *TENSORS, *OWN, *WORK, "methods"],
+    "zero_shot": [*GROUND, *TENSORS, *WORK, "methods"],
+    "__init__": ["distilling", "reusing", "transferring", "zero_shot"],
     "reproduction": ["__init__", "records", *GROUND, *TENSORS, *OWN, *WORK, "methods", *FRONT],
     "__main__": ["reproduction"],
 }

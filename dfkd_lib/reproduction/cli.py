@@ -1,5 +1,5 @@
 """The `dfkd` command: its words, and how it ends. Exit status: 0 success, 1 the work failed, 2 wrong input,
-130 interrupted. What the commands do is in `cli_run`, `cli_batch` and `cli_show`.
+130 interrupted. What the commands do is in `cli_run`, `cli_distill`, `cli_batch` and `cli_show`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NoReturn, TextIO
 
 from .. import __version__
 from ..errors import DFKDError, InputError, unknown
-from . import cli_batch, cli_run, cli_show
+from . import cli_batch, cli_distill, cli_run, cli_show
 from .messages import coloured
 from .parameters import chapters, profiles
 
@@ -105,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser of the whole command."""
     top = _Parser(
         prog="dfkd",
-        description="Distilling Without Data: run the book's chapters, alone or in batches.",
+        description="Distilling Without Data: run the book's chapters, or distil a network of your own.",
         epilog="Exit status: 0 success, 1 the work failed, 2 wrong input, 130 interrupted.\n"
         "Examples of each command: dfkd COMMAND --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -161,6 +161,17 @@ def parser() -> argparse.ArgumentParser:
     where = one.add_mutually_exclusive_group()
     where.add_argument("--out", type=_path, metavar="DIR", help="default: runs/CHAPTER-PROFILE-seedN")
     where.add_argument("--resume", type=_path, metavar="DIR", help="continue the unfinished run in DIR")
+
+    one = command(
+        "distill",
+        cli_distill.distill,
+        "a smaller network from a trained one of your own, without its data",
+        "dfkd distill torchvision:resnet34 torchvision:resnet18 --weights mine.pth --image-shape 3x32x32 \\\n"
+        "    --classes 10 --mean 0.49,0.48,0.45 --std 0.25,0.24,0.26 --minutes 60 --out small\n"
+        "dfkd distill nets.py:teacher nets.py:student --weights mine.safetensors --image-shape 1x28x28 \\\n"
+        "    --classes 10 --method dafl --updates 2000 --test pictures/test --onnx --out small",
+    )
+    cli_distill.add_arguments(one, _path)
 
     one = command(
         "batch",
@@ -269,6 +280,7 @@ def _with_names(top: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "notebook": [*(path.stem for path in stored_notebooks()), "all"],
     }
     files = {"plan": shtab.FILE, "file": shtab.FILE, "out": shtab.DIR, "resume": shtab.DIR, "runs": shtab.DIR}
+    files |= {"weights": shtab.FILE, "student_weights": shtab.FILE, "images": shtab.DIR, "test": shtab.DIR}
     for action in top._subparsers._group_actions[0].choices.values():  # type: ignore[union-attr]
         for option in action._actions:
             if option.dest in known:
