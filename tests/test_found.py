@@ -148,6 +148,12 @@ SOURCES: dict[str, dict[str, tuple[str, str, float]]] = {
         "0.057": ("cmi/cpu-mnist", "ablation/bn/coverage", 1),
     },
     "comparison": {
+        "92.1": ("comparison/cpu-cpnet", "comparison/CPNet/accuracy", 100),
+        "93.3": ("comparison/cpu-cpnet", "cpnet/NAYER/accuracy", 100),
+        "3.1": ("comparison/cpu-cpnet", "± comparison/CPNet/accuracy", 100),
+        "94.8": ("comparison/cpu-cpnet", "cpnet/+ alignment/accuracy", 100),
+        "93.0": ("comparison/cpu-cpnet", "cpnet/coupled body/accuracy", 100),
+        "1.8": ("comparison/cpu-cpnet", "cpnet/NAYER/accuracy minus cpnet/NAYER + augmentation/accuracy", 100),
         "1.93": ("comparison/gpu-cifar10-fast-80000", "pilot/fast, absolute/class term", 1),
         "0.62": ("comparison/gpu-cifar10-fast-80000", "pilot/fast, relative/class term", 1),
         "84.05": ("comparison/gpu-cifar10-fast-80000", "comparison/Fast-5/accuracy", 100),
