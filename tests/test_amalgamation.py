@@ -139,6 +139,12 @@ def test_ensembles() -> None:
         assert scores[0, 2:].argmax() == 0 and scores[0, :2].argmax() == 0
 
 
+def test_calibrated_logits_are_divided_by_their_temperatures() -> None:
+    z = [torch.tensor([[4.0, 0]]), torch.tensor([[3.0, 0, 0]])]
+    found = ensembles.ensembles(z, TASKS, [2.0, 0.5])["calibrated"]
+    assert torch.allclose(found, torch.tensor([[1.0, -1, 4, -2, -2]]))
+
+
 def test_temperature_of_an_overconfident_classifier_is_above_one() -> None:
     torch.manual_seed(0)
     z = torch.randn(4000, 3)
@@ -150,7 +156,9 @@ def test_temperature_of_an_overconfident_classifier_is_above_one() -> None:
 
 def test_margin() -> None:
     ours, theirs = torch.tensor([1, 1, 1, 0]).bool(), torch.tensor([1, 0, 0, 1]).bool()
-    assert ensembles.margin(ours, theirs)[0] == 0.25 and ensembles.margin(ours, ours) == (0, 0)
+    deviation = math.sqrt((0.25**2 + 2 * 0.75**2 + 1.25**2) / 3)
+    assert ensembles.margin(ours, theirs) == pytest.approx((0.25, 1.96 * deviation / 2))
+    assert ensembles.margin(ours, ours) == (0, 0)
 
 
 def test_features_are_kept_from_what_works_in_place() -> None:
@@ -361,6 +369,18 @@ def test_what_cannot_be_amalgamated_layer_by_layer_is_refused(float32: Runtime) 
         Layerwise(as_chains, thin, codes, images(), TASKS, QUICK, float32)
 
 
+def test_weights_of_the_terms_are_the_authors() -> None:
+    t, s, x = teachers(), network(5), torch.rand(2, 1, 8, 8)
+    assert Joint.between(t, s, places=["0"], x=x).weights == {"amalgamation": 1.0, "reconstruction": 1.0}
+    for term in (
+        CommonSpace.between(t, s, places=["6"] * 3, x=x),
+        CommonSpace(["6"] * 3, [6, 6, 6]),
+    ):
+        assert term.weights == {"MMD": 10.0, "reconstruction": 10.0}
+    with pytest.raises(InputError, match="weight_decay must be 0 or more, not -1"):
+        Settings(n_steps=1, weight_decay=-1)
+
+
 def test_only_reconstruction_shapes_the_encoder(float32: Runtime) -> None:
     method = joint(float32)
     term = method.term
@@ -405,6 +425,24 @@ def test_one_batch_of_different_images_and_one_pass_of_the_student(
         assert torch.equal(first, x) and torch.equal(second, x)
     else:
         assert torch.equal(torch.cat([first, second]), x) and 2 <= len(first) < len(x)
+
+
+class Says(nn.Module):
+    """The same logits for every image."""
+
+    def __init__(self, *logits: float) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(logits))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits.expand(len(x), -1)
+
+
+def test_only_the_wanted_outputs_decide_which_source_is_surest(float32: Runtime) -> None:
+    """The first is sure of an output that nobody wants, and undecided between those that are wanted."""
+    sources = [Source(Says(1.0, 1.0, 9.0), [0, 1]), Source(Says(0.0, 1.0, 0.0), [1, 2])]
+    assert customised.select(sources, images(6), float32).tolist() == [1] * 6
+    assert customised.select(sources[::-1], images(6), float32).tolist() == [0] * 6
 
 
 def test_the_norm_penalty_and_the_trivial_solution() -> None:

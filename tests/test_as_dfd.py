@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -219,6 +220,58 @@ def test_zskd_and_zskt_descend_on_their_own_losses(float64, monkeypatch):
     assert found == [pytest.approx(float(by_hand), rel=1e-9)]
 
 
+def test_a_crafting_step_moves_free_entries_by_eta_table_deviations(float64):
+    made = method(float64, replace(SMALL, craft_steps=1, norm_project=False, beta=0.0, eta=0.7))
+    start, targets, norms = start_of(made)
+    moved = (made.craft(start, targets, norms)[0].e - start.e).abs()
+    size = float(made.table[made.ordinary].std(0).mean())
+    assert moved[start.free].median().item() == pytest.approx(0.7 * size, rel=1e-3)
+    assert not moved[~start.free].any()
+
+
+@pytest.mark.parametrize("norm_project", [True, False])
+def test_rows_are_brought_back_to_their_norms_only_if_asked(float64, norm_project):
+    made = method(float64, replace(SMALL, norm_project=norm_project))
+    start, targets, norms = start_of(made)
+    found = made.craft(start, targets, norms)[0].e.norm(dim=-1)[start.free]
+    assert torch.allclose(found, norms[start.free].to(found)) is norm_project
+
+
+@pytest.mark.parametrize("steps", [4, 5])
+def test_the_adversary_plays_in_the_second_half_against_a_student_that_stays_as_it_is(float64, monkeypatch, steps):
+    made = method(float64, replace(SMALL, craft_steps=steps))
+    seen = []
+
+    def watched(sentences, targets, trace, settled, loss=made.construction_loss):
+        seen.append((settled, made.student.training, any(p.requires_grad for p in made.student.parameters())))
+        return loss(sentences, targets, trace, settled)
+
+    monkeypatch.setattr(made, "construction_loss", watched)
+    made.construct()
+    assert seen == [(i >= steps // 2, False, False) for i in range(steps)]
+    assert made.student.training and any(p.requires_grad for p in made.student.parameters())
+
+
+def test_the_student_s_rate_falls_along_half_a_cosine(float32):
+    made = method(float32, replace(SMALL, n_updates=4, craft_steps=1))
+    rates = []
+    for _ in range(5):
+        made.step()
+        rates.append(made.optimizer.param_groups[0]["lr"])
+    assert rates == pytest.approx([1e-3 * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(5)], abs=1e-12)
+
+
+def test_zskt_s_generator_learns_once_in_ten_batches_from_a_student_in_eval_mode(float32):
+    made = method(float32, kind=ModifiedZSKT)
+    modes = []
+    made.student.register_forward_pre_hook(lambda *_: modes.append(made.student.training))
+    learned = []
+    for made.steps in range(21):
+        learned.append("disagreement" in made.construct()[1])
+    assert [i for i, flag in enumerate(learned) if flag] == [0, 10, 20]
+    assert modes == [False] * 3 and made.student.training
+
+
 def test_sentences_without_padding_need_no_mask(float64):
     made = method(float64, replace(SMALL, min_length=12))
     start = made.sample_start()
@@ -242,6 +295,17 @@ def test_the_adversary_raises_the_self_supervised_loss(float64):
     (gradient,) = torch.autograd.grad(before, e)
     assert loss(e.detach() + 0.05 * gradient / gradient.norm(), state) > before.detach()
     assert 0 <= float(before.detach()) <= 2
+
+
+@pytest.mark.parametrize("moving_target", [True, False])
+def test_hidden_embeddings_are_reached_as_targets_alone(float64, moving_target):
+    made = method(float64)
+    start, _, _ = start_of(made)
+    hidden = hidden_next(made, start.free)
+    e = start.e.clone().requires_grad_()
+    understood = made.understanding(Sentences(e, start.mask, start.free), moving_target=moving_target)
+    (gradient,) = torch.autograd.grad(understood, e)
+    assert bool(gradient[hidden].any()) is moving_target and gradient[start.free & ~hidden].any()
 
 
 def test_the_mask_set_is_inside_the_free_positions(float32):

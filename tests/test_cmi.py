@@ -197,6 +197,20 @@ def test_the_views_reach_the_noise_through_the_contrastive_term_alone(float64):
     assert z.grad.abs().sum() > 0
 
 
+def test_the_contrastive_term_lets_each_zoomed_view_find_its_whole(float64):
+    inverted = method(float64, replace(SMALL, cr=0.7, cr_temperature=0.2, lr_head=3e-3, pad=0))
+    x, terms, (local, whole) = inverted.invert(inverted.draw_noise(8, 6), inverted.draw_targets(8))
+    with tapped(inverted.layers) as seen:
+        inverted.teacher(x)
+    assert torch.allclose(whole, features(seen)) and not torch.allclose(local, whole)
+    assert inverted.discriminator is not None
+    queries, keys = (unit(inverted.discriminator.head(phi)) for phi in (local, whole))
+    likeness = (queries @ keys.T / 0.2).exp()
+    by_hand = -0.7 * (likeness.diagonal() / likeness.sum(1)).log().sum() / 8
+    assert float(terms["contrastive loss"].detach()) == pytest.approx(float(by_hand.detach()), rel=1e-12, abs=0)
+    assert inverted.discriminator.optimizer.defaults["lr"] == 3e-3
+
+
 class Shared(nn.Module):
     """One batch-norm layer used twice in a pass."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,12 @@ def method(runtime: Runtime, **changes: Any) -> DAFL:
     small = TOOLBOX | {"batch_size": 8, "kd_steps": 3, "latent_dim": 6, "ngf": 4}
     torch.manual_seed(0)
     return DAFL(classifier(8), classifier(4), (1, 8, 8), Settings(**(small | changes)), runtime)
+
+
+def test_defaults_are_the_authors_for_cifar():
+    settings = Settings()
+    assert (settings.oh, settings.balance, settings.act) == pytest.approx((0.05, 5 / math.log(10), 0.01))
+    assert settings.joint and settings.kd_steps == 1 and settings.lr_generator == 0.02
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(float64):

@@ -98,7 +98,9 @@ def test_a_student_equal_to_its_teacher_adds_no_gradient(float64):
 
 
 def test_the_loss_is_the_sum_of_its_terms(float64):
-    one = method(float64, replace(SMALL, jitter=0, flip=False, bn=2.0, oh=3.0, adv=0.5, tv=0.1, l2=0.2))
+    one = method(
+        float64, replace(SMALL, jitter=0, flip=False, bn=2.0, oh=3.0, adv=0.5, tv=0.1, l2=0.2, js_temperature=2.0)
+    )
     one.student.eval()
     u, targets = one.draw_pixels(6), one.draw_targets(6)
     loss, terms = one.inversion_loss(u, targets)
@@ -107,12 +109,13 @@ def test_the_loss_is_the_sum_of_its_terms(float64):
     expected = (
         2 * batch_norm_loss(seen)
         + 3 * nn.functional.cross_entropy(t, targets)
-        - 0.5 * losses.jensen_shannon(one.student(x), t, 3.0)
+        - 0.5 * losses.jensen_shannon(one.student(x), t, 2.0)
         + 0.1 * losses.total_variation(u)
         + 0.2 * u.norm()
     )
-    assert torch.allclose(loss, expected)
+    assert torch.allclose(loss, expected, rtol=1e-9)
     assert set(terms) == {"bn loss", "target loss", "disagreement"}
+    assert one.optimizer.defaults["betas"] == (0.5, 0.99) and one.optimizer.defaults["lr"] == SMALL.lr_pixels
 
 
 def test_clipped_pixels_are_those_of_images_in_the_unit_range(float64):

@@ -55,6 +55,15 @@ def test_imitation_moves_only_the_student(float32):
     assert not same(student_before, parameters_of(method.student))
 
 
+def test_each_step_leaves_the_gradients_of_others_alone(float32):
+    method = game(float32)
+    method.imitate()
+    assert all(p.grad is None for p in method.generator.parameters())
+    before = [p.grad.clone() for p in method.student.parameters()]
+    method.generate()
+    assert all(torch.equal(p.grad, was) for p, was in zip(method.student.parameters(), before, strict=True))
+
+
 @pytest.mark.parametrize("in_train_mode", [True, False])
 def test_generation_moves_only_the_generator(float32, in_train_mode):
     method = game(float32, replace(SMALL, student_trains_in_generation=in_train_mode))

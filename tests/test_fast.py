@@ -11,7 +11,7 @@ import torch
 from conftest import parameters_of, same, settled, snapshot
 from torch import Tensor, nn
 
-from dfkd_lib import data, losses, models
+from dfkd_lib import data, models
 from dfkd_lib.errors import InputError
 from dfkd_lib.measures.evaluation import accuracy
 from dfkd_lib.methods import fast
@@ -236,15 +236,20 @@ def test_a_student_equal_to_its_teacher_adds_no_gradient(float64):
     assert torch.allclose(*gradients, atol=1e-15)
 
 
-def test_the_loss_is_the_sum_of_its_terms(float64):
+def test_the_loss_is_the_sum_of_its_terms(float64, monkeypatch):
     one = method(float64, replace(SMALL, warmup=0, bn=2.0, oh=3.0, adv=0.5))
-    one.student.eval()
-    x, targets = torch.rand(6, 1, 8, 8, dtype=torch.float64), torch.arange(6) % 5
-    loss, terms = one.inversion_loss(x, targets)
+    x, targets = torch.rand(40, 1, 8, 8, dtype=torch.float64), torch.arange(40) % 5
     with tapped(one.layers) as seen:
-        t = one.teacher(x)
-    expected = 2 * batch_norm_loss(seen) + 3 * nn.functional.cross_entropy(t, targets)
-    assert torch.allclose(loss, expected - 0.5 * losses.agreeing_kl(one.student(x), t))
+        one.teacher(x)
+    t, s = torch.randn(2, 40, 5, dtype=torch.float64)  # which agree on some images
+    monkeypatch.setattr(one, "look", lambda x, layers: (t, seen))
+    monkeypatch.setattr(one, "opinion", lambda x: s)
+    loss, terms = one.inversion_loss(x, targets)
+    p, q, agree = t.softmax(1), s.softmax(1), t.argmax(1) == s.argmax(1)
+    assert 0 < int(agree.sum()) < 40
+    agreeing = (p * (p / q).log()).sum(1)[agree].sum() / 40
+    expected = 2 * batch_norm_loss(seen) - 3 * p.log()[range(40), targets].mean() - 0.5 * agreeing
+    assert torch.allclose(loss, expected, rtol=1e-9)
     assert set(terms) == {"bn loss", "target loss", "agreeing KL"}
 
 

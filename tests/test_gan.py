@@ -11,6 +11,7 @@ from torch import nn
 
 from dfkd_lib.data import ImageSet
 from dfkd_lib.errors import InputError
+from dfkd_lib.methods import gan
 from dfkd_lib.methods.gan import FROZEN, GAN, ONE_STAGE, REUSED, SCHEMES, TWO_STAGE, Settings
 from dfkd_lib.methods.one_stage import LOSSES, MIXED, TWO_BACKWARDS
 from dfkd_lib.models import count_macs, count_parameters
@@ -111,6 +112,39 @@ def test_both_players_learn_under_every_scheme_and_loss(float32, scheme, loss):
     assert {"discriminator loss", "generator loss"} <= set(result.history[-1])
     largest = max(float(p.detach().abs().max()) for p in method.discriminator.parameters())
     assert (largest <= 0.01) == (loss == "WGAN")
+
+
+BY_HAND = {
+    "saturating": (lambda r: (1 + (-r).exp()).log(), lambda s: (1 + s.exp()).log(), lambda s: -(1 + s.exp()).log()),
+    "non-saturating": (
+        lambda r: (1 + (-r).exp()).log(), lambda s: (1 + s.exp()).log(), lambda s: (1 + (-s).exp()).log(),
+    ),
+    "WGAN": (lambda r: -r, lambda s: s, lambda s: -s),
+    "LSGAN": (lambda r: (1 - r) ** 2, lambda s: s * s, lambda s: (1 - s) ** 2),
+    "hinge": (lambda r: (1 - r) * (r < 1), lambda s: (1 + s) * (s > -1), lambda s: -s),
+}  # fmt: skip
+"""What D pays for real and for generated images, and what G pays."""
+
+
+@pytest.mark.parametrize("scheme", [TWO_STAGE, FROZEN, REUSED])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_in_two_stages_each_player_descends_on_its_own_loss_at_its_own_rate(float64, monkeypatch, scheme, loss):
+    method = game(float64, scheme=scheme, loss=loss, lr_generator=2e-3, lr_discriminator=5e-4, betas=(0.3, 0.9))
+    found, fakes = [], []
+    monkeypatch.setattr(method, "fakes", lambda fakes_of=method.fakes: fakes.append(fakes_of()) or fakes[-1])
+    monkeypatch.setattr(gan, "update", lambda optimizer, loss, scaler: found.append((optimizer, float(loss.detach()))))
+    monkeypatch.setattr(method, "clip_weights", lambda: None)  # so that both judgements are of one discriminator
+    real = method.real()
+    method.step()
+    on_real, on_fake, judged = (method.discriminator(x) for x in (real, fakes[0], fakes[-1]))
+    pays_real, pays_fake, generator_pays = BY_HAND[loss]
+    by_hand = pays_real(on_real).sum() / 8 + pays_fake(on_fake).sum() / 8, generator_pays(judged).sum() / 8
+    assert [value for _, value in found] == pytest.approx([float(value) for value in by_hand], rel=1e-9)
+    (of_d, _), (of_g, _) = found
+    assert (of_d.defaults["lr"], of_g.defaults["lr"]) == (5e-4, 2e-3)
+    assert of_d.defaults["betas"] == of_g.defaults["betas"] == (0.3, 0.9)
+    for optimizer, player in ((of_d, method.discriminator), (of_g, method.generator)):
+        assert [p for group in optimizer.param_groups for p in group["params"]] == [*player.parameters()]
 
 
 def test_a_frozen_discriminator_saves_work_alone(float64):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -135,6 +136,49 @@ def test_phases_go_through_stage_one_and_two(float32):
     ]  # fmt: skip
     with pytest.raises(InputError, match="2 numbers for 3 blocks"):
         grafting.schedule(["a", "b", "c"], Settings(block_steps=(5, 6)))
+
+
+def test_defaults_are_the_published_values_and_the_rule_of_k_holds_for_the_baselines_too():
+    ours, whole = Settings(), WholeSettings("KD", lr=2e-3)
+    assert (ours.block_steps, ours.network_steps, ours.batch_size) == ((200, 120, 120), 200, 64)
+    assert (ours.lr_block, ours.lr_adapter, ours.lr_network) == (2.5e-4, 2.5e-3, 1e-4)
+    assert ours.normalise and ours.adapters_learn
+    assert ours.for_shots(10) == ours and whole.for_shots(10) == whole
+    for k in (1, 2, 3, 4, 5, 7, 20, 50):
+        few, few_whole = ours.for_shots(k), whole.for_shots(k)
+        assert few.batch_size == few_whole.batch_size == int(6.4 * k)
+        assert (few.lr_block, few.lr_adapter, few.lr_network) == pytest.approx((2.5e-5 * k, 2.5e-4 * k, 1e-4))
+        assert few_whole.lr == pytest.approx(2e-4 * k)
+        assert (few_whole.n_steps, few.network_steps) == (whole.n_steps, ours.network_steps)
+    assert Settings(batch_size=8).for_shots(1).batch_size == 2
+    for settings in (ours, whole):
+        with pytest.raises(InputError, match="K must be 1 or more images per class, not 0"):
+            settings.for_shots(0)
+
+
+def test_stage_two_may_stand_alone(float32):
+    alone = replace(SMALL, block_steps=(0,))
+    method = NetGraft(*pair(float32), alone, float32)
+    assert [(p.start, p.stop, p.n_steps) for p in method.phases] == [(0, 2, 3), (0, 3, 3)]
+    before = [copy.deepcopy(scion.state_dict()) for scion in method.scions]
+    method.step()
+    assert [same(was, now.state_dict()) for was, now in zip(before, method.scions, strict=True)] == [False, False, True]
+    assert {group["lr"] for group in method.optimizer.param_groups} == {SMALL.lr_network}
+    with pytest.raises(InputError, match="a single block learns in stage 1 alone"):
+        grafting.schedule(["a"], alone)
+    with pytest.raises(InputError, match="block_steps"):
+        Settings(block_steps=(3, 0, 3))
+
+
+def test_adapters_may_stay_as_they_were_drawn(float32):
+    method = NetGraft(*pair(float32), replace(SMALL, adapters_learn=False), float32)
+    before = copy.deepcopy(method.scions)
+    for _ in range(method.n_steps):
+        method.step()
+    for old, scion in zip(before, method.scions, strict=True):
+        assert all(torch.equal(p, q) for p, q in zip(old.adapters(), scion.adapters(), strict=True))
+        assert not same(old.body.state_dict(), scion.body.state_dict())
+    assert sum(len(scion.adapters()) for scion in method.scions) > 0
 
 
 def test_only_the_grafted_scion_learns_and_the_teacher_stays(float32):

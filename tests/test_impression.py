@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -253,6 +254,17 @@ def test_a_decoding_descends_on_the_weighted_sum_of_its_terms(float64, schedule,
     assert found == pytest.approx(by_hand, rel=1e-9)
     assert float(metrics["loss"]) == pytest.approx(float(sum(map(sum, errors.values())) + 0.3 * rough) / 2, rel=1e-9)
     assert float(metrics["residual"]) == pytest.approx(float(sum(map(sum, errors.values()))) / 6, rel=1e-9)
+
+
+def test_pixels_stay_in_range_and_the_rate_falls_along_half_a_cosine(float64):
+    t, x, start = template(float64), images(2, dtype=torch.float64), images(2, seed=1, dtype=torch.float64)
+    decoding = Decoding(t, t.encode(x), start, Settings(steps=4, lr=0.9, lr_end=0.1), float64)
+    rates = []
+    for _ in range(4):
+        decoding.step()
+        rates.append(decoding.optimizer.param_groups[0]["lr"])
+        assert float(decoding.pixels[0].min()) >= 0 and float(decoding.pixels[0].max()) <= 1
+    assert rates == pytest.approx([0.1 + 0.8 * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)])
 
 
 def test_the_progressive_schedule_starts_at_the_deepest_stage():

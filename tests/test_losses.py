@@ -15,6 +15,7 @@ from dfkd_lib.losses import (
     batch_norm_distance,
     cross_entropy,
     focal,
+    instance_discrimination,
     kl,
     log_compressed,
     mae,
@@ -136,3 +137,12 @@ def test_a_layer_that_remembers_no_variance_has_no_relative_distance_and_no_grad
     distance = relative_batch_norm_distance(mean, torch.ones(C), torch.zeros(C), torch.zeros(C))
     (pull,) = torch.autograd.grad(distance, mean)
     assert float(distance.detach()) == 0 and not pull.any()
+
+
+def test_new_and_stored_images_are_told_apart_in_two_means() -> None:
+    queries, keys = (rows / rows.norm(dim=1, keepdim=True) for rows in torch.randn(2, 5, 3, dtype=torch.float64))
+    likeness = (queries @ keys.T / 0.2).exp()
+    costs = -(likeness.diagonal() / likeness.sum(1)).log()
+    found = instance_discrimination(queries, keys, 2, 0.2)
+    assert torch.allclose(found, costs[:2].sum() / 2 + costs[2:].sum() / 3)
+    assert torch.allclose(instance_discrimination(queries, keys, 5, 0.2), costs.mean())

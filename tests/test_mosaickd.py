@@ -165,6 +165,16 @@ def kl_by_hand(student: Tensor, teacher: Tensor, tau: float = 1.0) -> Tensor:
     return tau**2 * (p * (p / q).log()).sum() / len(p)
 
 
+def test_defaults_are_the_published_values(float32):
+    settings = Settings()
+    assert (settings.loc, settings.align, settings.adv, settings.balance) == (1.0, 1.0, 1.0, 10.0)
+    assert (settings.lr_student, settings.lr_generator, settings.lr_discriminator) == (0.1, 1e-3, 1e-3)
+    assert (settings.temperature, settings.reduction, settings.kd_steps) == (1.0, "sum", 5)
+    method = game(float32)
+    for optimizer in (method.generator_optimizer, method.discriminator_optimizer):
+        assert optimizer.defaults["betas"] == (0.5, 0.999)
+
+
 def test_each_player_descends_on_the_sum_of_its_terms(float64, monkeypatch):
     weights = {"loc": 0.3, "align": 0.7, "adv": 1.3, "balance": 2.1, "temperature": 3.0}
     method = game(float64, replace(SMALL, **weights))

@@ -295,6 +295,26 @@ def test_one_inner_step_is_adam_on_the_loss_as_written(float64, warmup):
     )
 
 
+def test_the_loss_is_the_sum_of_its_terms(float64, monkeypatch):
+    one = method(float64, replace(SMALL, warmup=0, bn=2.0, oh=3.0, adv=0.5))
+    with tapped(one.layers) as seen:
+        one.teacher(torch.rand(13, 1, 8, 8, dtype=torch.float64))
+    t, s = torch.randn(2, 13, C, dtype=torch.float64)
+    s[:4] = 2 * t[:4]  # some images on whose class the networks agree
+    monkeypatch.setattr(one, "look", lambda x, layers: (t, seen))
+    monkeypatch.setattr(one, "opinion", lambda x: s)
+    found: list[float] = []
+    monkeypatch.setattr(nayer, "update", lambda optimizer, loss, scaler: found.append(float(loss)))
+    one.best.start()
+    one.inversion_step()
+    p, q, agree = t.softmax(1), s.softmax(1), t.argmax(1) == s.argmax(1)
+    assert 4 <= int(agree.sum()) < 13
+    agreeing = (p * (p / q).log()).sum(1)[agree].sum() / 13
+    by_hand = 2 * batch_norm_loss(seen) - 3 * p.log()[range(13), one.targets].mean() - 0.5 * agreeing
+    assert found == [pytest.approx(float(by_hand), rel=1e-9)]
+    assert one.optimizer.defaults["betas"] == (0.5, 0.999)
+
+
 def test_the_adversarial_term_is_gone_for_equal_networks():
     t = torch.randn(9, C, dtype=torch.float64, requires_grad=True)
     assert losses.agreeing_kl(t, t.detach()) == 0

@@ -543,3 +543,10 @@ def test_a_resumed_game_goes_on_as_if_nothing_had_been(float32):
 def test_settings_of_two_stages_are_refused(float32, changes):
     with pytest.raises(InputError, match=next(iter(changes))):
         game(float32, **changes)
+
+
+@pytest.mark.parametrize("scale", one_stage.PRESETS)
+def test_presets_cut_the_generators_rate_by_the_steps_that_it_no_longer_waits_for(scale):
+    one, two = dfad.Settings(**one_stage.PRESETS[scale]), dfad.Settings(**dfad.PRESETS[scale])
+    assert one.k == 1 and one.lr_generator == pytest.approx(two.lr_generator / two.k)
+    assert replace(one, k=two.k, lr_generator=two.lr_generator) == two

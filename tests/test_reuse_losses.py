@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,7 +95,7 @@ def assert_rate(module: nn.Module, before: nn.Module, lr: float) -> None:
     assert torch.allclose(torch.cat(moved), torch.tensor(lr, dtype=torch.float64), rtol=1e-3)
 
 
-def amalgam(runtime: Runtime, kind: str, centre: bool) -> Amalgam:
+def amalgam(runtime: Runtime, kind: str, centre: bool, decay: float = 0.0) -> Amalgam:
     teachers, student = [network(2), network(3, seed=1)], network(5, seed=2)
     x, term = torch.rand(2, 1, 6, 6, dtype=torch.float64), None
     torch.manual_seed(3)
@@ -103,7 +104,7 @@ def amalgam(runtime: Runtime, kind: str, centre: bool) -> Amalgam:
         term.weights = {"amalgamation": 0.6, "reconstruction": 1.7}
     elif kind == "common":
         term = CommonSpace.between(teachers, student, places=["4"] * 3, x=x, width=3, mmd=0.8, reconstruction=2.5)
-    settings = Settings(n_steps=4, batch_size=B, lr=3e-3, lr_term=7e-4, centre=centre, pad=1, flip=True)
+    settings = replace(SETTINGS, centre=centre, weight_decay=decay)
     return Amalgam(teachers, student, images(), TASKS, settings, runtime, term)
 
 
@@ -172,19 +173,21 @@ def test_rates_fall_along_half_a_cosine(kind: str, float64: Runtime) -> None:
         assert method.bridge_optimizer.param_groups[0]["lr"] == pytest.approx(rates[-1] * 7 / 30)
 
 
-def layerwise(runtime: Runtime) -> Layerwise:
+def layerwise(runtime: Runtime, decay: float = 0.0, centre: bool = True) -> Layerwise:
     x = torch.rand(2, 1, 6, 6, dtype=torch.float64)
     teachers = [chains.chain(network(n, seed=i), x) for i, n in enumerate((2, 3))]
     student = chains.without_norms(chains.chain(network(5, seed=2), x))
     codes = [fa.pca(*m.result(), w) for m, w in zip(fa.moments(teachers, images(), runtime), (4, 5), strict=True)]
-    method = Layerwise(teachers, student, codes, images(), TASKS, SETTINGS, runtime)
+    settings = replace(SETTINGS, centre=centre, weight_decay=decay)
+    method = Layerwise(teachers, student, codes, images(), TASKS, settings, runtime)
     for fam in method.fams:
         comprehensive.set_affine(fam, torch.randn(len(fam.bias), len(fam.bias)), torch.randn(len(fam.bias)))
     return method
 
 
-def test_layers_learn_from_the_amalgamated_features_below_them(float64: Runtime) -> None:
-    method = layerwise(float64)
+@pytest.mark.parametrize("centre", [True, False])
+def test_layers_learn_from_the_amalgamated_features_below_them(centre: bool, float64: Runtime) -> None:
+    method = layerwise(float64, centre=centre)
     student, fams = copy.deepcopy(method.student), copy.deepcopy(method.fams)
     x = next_batch(method)
     convolutions = [layer.linear[0] for layer in student.layers]
@@ -196,7 +199,7 @@ def test_layers_learn_from_the_amalgamated_features_below_them(float64: Runtime)
             w_e, b_e = method.encoders[i].weight.flatten(1), method.encoders[i].bias
             assert w_e.shape[0] == stacked.shape[1] // 2, name
             codes.append(torch.einsum("oc,bchw->bohw", w_e, stacked) + b_e.view(1, -1, 1, 1))
-        target = torch.cat([t[2] - t[2].mean(1, keepdim=True) for t in f], 1)
+        target = torch.cat([t[2] - t[2].mean(1, keepdim=True) if centre else t[2] for t in f], 1)
     phi = [torch.einsum("oc,bchw->bohw", a.weight.flatten(1), code) + a.bias.view(1, -1, 1, 1)
            for a, code in zip(fams, codes, strict=True)]  # fmt: skip
     below = [x, phi[0].relu(), phi[1].relu().mean((2, 3))]
@@ -208,12 +211,13 @@ def test_layers_learn_from_the_amalgamated_features_below_them(float64: Runtime)
     assert_rate(method.student, student, 3e-3)
 
 
-def adaptive(runtime: Runtime, *, two_sided: bool = True) -> Adaptive:
+def adaptive(runtime: Runtime, decay: float = 0.0, *, two_sided: bool = True) -> Adaptive:
     rows = [torch.arange(16), torch.arange(16, 24)] if two_sided else [None, None]
     heads: list[Sequence[int]] = [(), ()] if two_sided else [[0, 2], [3, 1]]
     sources = [Source(network(3), [2, 0], heads[0], rows[0]), Source(network(4, 6, seed=1), [1, 3], heads[1], rows[1])]
     torch.manual_seed(4)
-    method = Adaptive(sources, network(2 if two_sided else 4, seed=2), images(), SETTINGS, runtime,
+    settings = replace(SETTINGS, weight_decay=decay)
+    method = Adaptive(sources, network(2 if two_sided else 4, seed=2), images(), settings, runtime,
                       places=[[str(FIRST), str(SECOND)]] * 3, two_sided=two_sided, norm=0.3)  # fmt: skip
     with torch.no_grad():
         for bridges, mu in zip(method.bridges, (1.4, 0.7), strict=True):
@@ -260,6 +264,23 @@ def test_customised_students_descend_on_features_logits_and_norm(two_sided: bool
     assert customised.batch_sizes([16, 8], B) == [4, 2]
 
 
+@pytest.mark.parametrize("kind", ["joint", "layerwise", "customised"])
+def test_a_decay_without_bound_takes_every_weight_towards_zero(kind: str, float64: Runtime) -> None:
+    """It outweighs any gradient, and Adam's first step goes by lr along the sign of both together."""
+    made = {"joint": lambda: amalgam(float64, "joint", True, 1e9), "layerwise": lambda: layerwise(float64, 1e9),
+            "customised": lambda: adaptive(float64, 1e9)}  # fmt: skip
+    method = made[kind]()
+    other = {"joint": "term", "layerwise": "fams", "customised": "bridges"}[kind]
+    learners = [(method.student, 3e-3), (getattr(method, other), 3e-3 if kind == "layerwise" else 7e-4)]
+    before = [copy.deepcopy(learner) for learner, _ in learners]
+    method.step()
+    for (learner, lr), twin in zip(learners, before, strict=True):
+        for new, old in zip(learner.parameters(), twin.parameters(), strict=True):
+            if new.grad is not None:
+                away = old.abs() > 1e-3
+                assert torch.allclose((old - new)[away], lr * old.sign()[away])
+
+
 def blocks(n_classes: int, width: int, seed: int) -> dict[str, nn.Module]:
     net = network(n_classes, width, seed)
     return {STEM: nn.Identity(), "a": net[:3], "b": net[3:5], "c": net[5:]}
@@ -270,12 +291,12 @@ GRAFTING = grafting.Settings(
 )
 
 
-def grafted(runtime: Runtime) -> NetGraft:
+def grafted(runtime: Runtime, normalise: bool) -> NetGraft:
     teacher = blocks(5, 6, 0)
     x = torch.rand(2, 1, 6, 6, dtype=torch.float64)
     scions = grafting.scions(teacher, blocks(5, 3, 1), x)
     views = grafting.look(teacher, images(), runtime, n_views=36, pad=1)
-    return NetGraft(teacher, scions, views, GRAFTING, runtime)
+    return NetGraft(teacher, scions, views, replace(GRAFTING, normalise=normalise), runtime)
 
 
 def distance_by_hand(s: Tensor, t: Tensor) -> Tensor:
@@ -290,8 +311,9 @@ def joined(parts: Sequence[nn.Module], x: Tensor) -> Tensor:
     return x
 
 
-def test_each_phase_of_grafting_descends_on_the_distance_at_its_own_rates(float64: Runtime) -> None:
-    method = grafted(float64)
+@pytest.mark.parametrize("normalise", [True, False])
+def test_each_phase_of_grafting_descends_on_the_distance_at_its_own_rates(normalise: bool, float64: Runtime) -> None:
+    method = grafted(float64, normalise)
     spans = [(0, 1), (1, 2), (2, 3), (0, 2), (0, 3)]
     for step in range(method.n_steps):
         start, stop = spans[step // 2]
@@ -303,7 +325,7 @@ def test_each_phase_of_grafting_descends_on_the_distance_at_its_own_rates(float6
         with torch.no_grad():
             t = joined(teacher, x)
         s = joined([*teacher[:start], *scions[start:stop], *teacher[stop:]], x)
-        loss = distance_by_hand(s, t)
+        loss = distance_by_hand(s, t) if normalise else B * s.shape[1] * mean_square(s - t)
         assert method.step()["loss"] == pytest.approx(float(loss.detach()) / B)
         assert_gradients(method.scions[start:stop], scions[start:stop], loss)
         if step % 2 == 0:  # a new Adam

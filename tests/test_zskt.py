@@ -148,6 +148,22 @@ def test_the_generator_loss_is_minus_the_students(float64):
     assert torch.equal(generation_loss(s, t, 4.0), -losses.kl(s, t, 4.0))
 
 
+def test_both_players_soften_their_beliefs_at_one_temperature(float64):
+    game = method(float64, kd_steps=1, temperature=3.0, student_trains_in_generation=True)
+    painter, pupil = copy.deepcopy(game.generator).train(), copy.deepcopy(game.student).train()
+
+    def kl_by_hand(x: Tensor) -> float:
+        p, q = ((net(x) / 3).softmax(1) for net in (game.teacher, pupil))
+        return float((9 * (p * (p / q).log()).sum() / len(x)).detach())
+
+    found = game.synthesize()["generator loss"]
+    assert float(found) == pytest.approx(-kl_by_hand(painter(game.z)), rel=1e-9)
+    game.student.train()
+    assert game.lesson is not None
+    expected = kl_by_hand(game.lesson.images)
+    assert float(game.imitate()) == pytest.approx(expected, rel=1e-9)
+
+
 def test_a_student_equal_to_its_teacher_moves_nobody(float64):
     torch.manual_seed(0)
     game = method(float64, student=classifier(8))

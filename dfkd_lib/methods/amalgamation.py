@@ -203,6 +203,8 @@ class Settings:
         batch_size: images per update.
         lr: Adam of the student.
         lr_term: Adam of a feature term's own weights.
+        weight_decay: of both Adams. 1e-4 in the authors' engine for comprehensive classification and in their code
+            for common features; their code for customised students names none.
         centre: whether the teachers' logits are centred before they are put side by side; the authors do not.
         pad: largest shift of an image in pixels.
         flip: whether images are mirrored at random.
@@ -212,12 +214,15 @@ class Settings:
     batch_size: int = 64
     lr: float = 1e-3
     lr_term: float = 1e-3
+    weight_decay: float = 0.0
     centre: bool = True
     pad: int = 0
     flip: bool = False
 
     def __post_init__(self) -> None:
         check_positive(self, "n_steps", "lr", "lr_term")
+        if not self.weight_decay >= 0:
+            raise InputError(f"weight_decay must be 0 or more, not {self.weight_decay!r}")
         if self.batch_size < 2:
             raise InputError(f"batch_size must be at least 2 (batch normalisation), not {self.batch_size}")
 
@@ -278,13 +283,14 @@ class Amalgam(Resumable):
         must_fit(self.teachers, self.student, tasks, x)
         for t in range(len(teachers)):
             tasks.places(t, x.device)  # brought there now, not in the first step
-        self.optimizer, self.scaler, self.steps = adam(self.student, settings.lr), runtime.scaler(), 0
+        self.optimizer = adam(self.student, settings.lr, weight_decay=settings.weight_decay)
+        self.scaler, self.steps = runtime.scaler(), 0
         self.term = None if term is None else runtime.prepare(term).train()
         self.places: list[list[str]] = (
             [[] for _ in range(len(teachers) + 1)] if term is None else [list(p) for p in term.places]
         )
         if self.term is not None:
-            self.term_optimizer = adam(self.term, settings.lr_term)
+            self.term_optimizer = adam(self.term, settings.lr_term, weight_decay=settings.weight_decay)
             self.PARTS += ("term", "term_optimizer")
             self._must_fit(self.term, x)
 

@@ -76,8 +76,8 @@ class CommonSpace(FeatureTerm):
     Args:
         places: one module name for the student and for each teacher: where its last feature map is.
         channels: of the feature maps there, the student first.
-        width: h, channels of the common space; 128 in the authors' code.
-        mmd, reconstruction: lambda and lambda beta, 10 in the authors' code.
+        width: h, channels of the common space; 128 in the authors' code, whose maps have 512 channels or more.
+        mmd, reconstruction: lambda and lambda beta, 10 in the authors' code; 20 in their engine for four teachers.
     """
 
     def __init__(

@@ -110,7 +110,7 @@ class Layerwise(Resumable):
         for fam in fams if adapt else list[Any]():
             set_affine(fam, torch.eye(fam.weight.shape[0]), torch.zeros(fam.weight.shape[0]))
         self.fams = runtime.prepare(nn.ModuleList(fams)).train()
-        self.optimizer = adam(nn.ModuleList([self.student, self.fams]), settings.lr)
+        self.optimizer = adam(nn.ModuleList([self.student, self.fams]), settings.lr, weight_decay=settings.weight_decay)
         self.scaler, self.steps = runtime.scaler(), 0
 
     def targets(self, x: Tensor) -> list[Tensor]:

@@ -150,7 +150,9 @@ class Adaptive(Resumable):
         channels = self._channels(runtime.images(images.batch(range(2))[0]))
         self.bridges = nn.ModuleList(Bridges(channels[0], c, two_sided=two_sided) for c in channels[1:])
         self.bridges = runtime.prepare(self.bridges).train()
-        self.optimizer, self.bridge_optimizer = adam(self.student, settings.lr), adam(self.bridges, settings.lr_term)
+        decay = settings.weight_decay
+        self.optimizer = adam(self.student, settings.lr, weight_decay=decay)
+        self.bridge_optimizer = adam(self.bridges, settings.lr_term, weight_decay=decay)
         self.scaler, self.steps = runtime.scaler(), 0
         self.outputs, self.heads = (
             [torch.tensor([*at], dtype=torch.int64, device=runtime.device) for at in chosen]

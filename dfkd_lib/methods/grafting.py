@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -36,12 +36,14 @@ class Settings:
     """The hyper-parameters of one run; the defaults are the published ones for K = 10 on CIFAR-10.
 
     Attributes:
-        block_steps: updates of each block in stage 1; a single number holds for every block. Published: 100, 60 and
-            60 epochs of 2 steps.
+        block_steps: updates of each block in stage 1; a single number holds for every block, (0,) leaves stage 1 out.
+            Published: 100, 60 and 60 epochs of 2 steps.
         network_steps: updates of each growth in stage 2; 100 epochs of 2 steps.
         batch_size: views per step; int(6.4 K).
         lr_block, lr_adapter: Adam of the student's block and of its adapters in stage 1; x K / 10.
         lr_network: Adam of everything in stage 2, whatever K.
+        normalise: whether logits are compared by their direction; False compares them as they are.
+        adapters_learn: whether the adapters do; False keeps them as they were drawn.
     """
 
     block_steps: tuple[int, ...] = (200, 120, 120)
@@ -50,27 +52,52 @@ class Settings:
     lr_block: float = 2.5e-4
     lr_adapter: float = 2.5e-3
     lr_network: float = 1e-4
+    normalise: bool = True
+    adapters_learn: bool = True
 
     def __post_init__(self) -> None:
         check_positive(self, "network_steps", "lr_block", "lr_adapter", "lr_network")
         if self.batch_size < 2:
             raise InputError(f"batch_size must be at least 2 (batch normalisation), not {self.batch_size}")
-        if not self.block_steps or min(self.block_steps) < 1:
-            raise InputError(f"block_steps must be numbers above 0, not {self.block_steps}")
+        if not self.block_steps or (self.block_steps != (0,) and min(self.block_steps) < 1):
+            raise InputError(f"block_steps must be numbers above 0, or (0,) for none, not {self.block_steps}")
+
+    def for_shots(self, k: int) -> Settings:
+        """The authors' rule, from what holds at K = 10: the rates of stage 1 times K / 10, the batch int(B K / 10)."""
+        return replace(
+            self,
+            batch_size=batch_for_shots(self.batch_size, k),
+            lr_block=self.lr_block * k / 10,
+            lr_adapter=self.lr_adapter * k / 10,
+        )
 
 
-def distance(student: Tensor, teacher: Tensor) -> Tensor:
+def batch_for_shots(batch_size: int, k: int) -> int:
+    """int(B K / 10) views for K images per class, B at K = 10; at least 2, which batch normalisation needs.
+
+    Raises:
+        InputError: K below 1.
+    """
+    if k < 1:
+        raise InputError(f"K must be 1 or more images per class, not {k}")
+    return max(2, batch_size * k // 10)
+
+
+def distance(student: Tensor, teacher: Tensor, *, normalise: bool = True) -> Tensor:
     """l(z^s, z^t) = sum_n || z^s_n / |z^s_n| - z^t_n / |z^t_n| ||^2 = 2 sum_n (1 - cos(z^s_n, z^t_n)).
 
     The scale of a grafted network's logits is arbitrary and does not count. A sum over the batch, not a mean.
 
     Args:
         student, teacher: logits [B, C].
+        normalise: False gives the ablation sum_n || z^s_n - z^t_n ||^2.
 
     Returns:
-        Scalar in [0, 4 B].
+        Scalar in [0, 4 B]; without normalisation, any >= 0.
     """
-    return (F.normalize(student, dim=1) - F.normalize(teacher, dim=1)).square().sum()
+    if normalise:
+        student, teacher = F.normalize(student, dim=1), F.normalize(teacher, dim=1)
+    return (student - teacher).square().sum()
 
 
 def few_shot(images: ImageSet, k: int, *, seed: int) -> Tensor:
@@ -267,12 +294,14 @@ def schedule(names: Sequence[str], settings: Settings) -> list[Phase]:
     """Stage 1, a phase for each block alone; stage 2, a phase for each growth from the front.
 
     Raises:
-        InputError: block_steps has neither one number nor one for each block.
+        InputError: block_steps has neither one number nor one for each block, or nothing would learn.
     """
     n, steps = len(names), settings.block_steps
     if len(steps) not in (1, n):
         raise InputError(f"block_steps has {len(steps)} numbers for {n} blocks ({', '.join(names)}); give 1 or {n}")
-    alone = [Phase(f"block {names[i]}", i, i + 1, steps[i % len(steps)]) for i in range(n)]
+    if n == 1 and steps == (0,):
+        raise InputError("a single block learns in stage 1 alone; give block_steps above 0")
+    alone = [Phase(f"block {names[i]}", i, i + 1, steps[i % len(steps)]) for i in range(n)] if any(steps) else []
     grown = [Phase(f"up to {names[i]}", 0, i + 1, settings.network_steps) for i in range(1, n)]
     return alone + grown
 
@@ -295,6 +324,9 @@ class NetGraft(Resumable):
         self.settings, self.runtime, self.views = settings, runtime, views
         self.teacher = [freeze(runtime.prepare(block)) for block in teacher.values()][1:]
         self.scions = runtime.prepare(nn.ModuleList(scions))
+        for scion in scions:
+            for parameter in scion.adapters():
+                parameter.requires_grad_(settings.adapters_learn)
         self.phases = schedule([scion.name for scion in scions], settings)
         self.n_steps = sum(phase.n_steps for phase in self.phases)
         self.batches = minibatches(len(views.logits), settings.batch_size, seed=runtime.seed, device=runtime.device)
@@ -311,7 +343,7 @@ class NetGraft(Resumable):
         rows = self.batches(self.steps)
         with self.runtime.autocast():
             z_s = through(self.behind, through(self.learning, self.inputs[rows])).to(self.runtime.dtype)
-        loss = distance(z_s, self.views.logits[rows])
+        loss = distance(z_s, self.views.logits[rows], normalise=self.settings.normalise)
         update(self.optimizer, loss, self.scaler)
         self.steps += 1
         return {"loss": loss.detach() / len(rows)}

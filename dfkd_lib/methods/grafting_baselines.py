@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -17,7 +17,7 @@ from ..losses import cross_entropy, kl
 from ..models.chains import Blocks, through
 from ..runtime import Runtime
 from ..training.players import Resumable, check_positive, freeze, update
-from .grafting import Scion, Views, distance
+from .grafting import Scion, Views, batch_for_shots, distance
 
 OBJECTIVES = ("grafting loss", "KD", "labels", "hints")
 
@@ -42,6 +42,13 @@ class WholeSettings:
         check_positive(self, "n_steps", "batch_size", "lr", "temperature")
         if self.objective not in OBJECTIVES:
             raise unknown("objective", self.objective, OBJECTIVES)
+
+    def for_shots(self, k: int) -> WholeSettings:
+        """The rule that :meth:`.grafting.Settings.for_shots` holds grafting to: rate times K / 10, batch int(B K / 10).
+
+        Without it the baseline would learn at K = 1 with ten times grafting's batch and rate.
+        """
+        return replace(self, batch_size=batch_for_shots(self.batch_size, k), lr=self.lr * k / 10)
 
 
 class Whole(Resumable):
