@@ -1,9 +1,11 @@
 """Rows of the comparison side by side on one GPU: python -m benchmarks.side_by_side --minutes 9 --out runs/rows
 
-Small networks leave most of a large GPU idle. Every row of every seed is a process of its own, a `gpu_trial`, and so
-many of them run at a time; with NVIDIA's MPS daemon they share the GPU at the same moment. Rows of one seed end in one
-record, `OUT/DATASET-UPDATES-seedS`. It holds no seconds: a row's time beside others is no time of its method.
+Every row of every seed is a process of its own, a `gpu_trial`, and so many of them run at a time. Rows of one seed end
+in one record, `OUT/DATASET-UPDATES-seedS`. It holds no seconds: a row's time beside others is no time of its method.
 `--resume` goes on with what is not finished.
+
+Recorded updates leave a GPU little idle time, so expect no more rows an hour than one after the other gives, but first
+curves of all of them at once. Under NVIDIA's MPS daemon do not stop a single process: its end is the end of all.
 """
 
 from __future__ import annotations
@@ -117,7 +119,7 @@ def main() -> int:
     """Parse the command line and run the rows; 0 also when the deadline ended it, 2 for what cannot be asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0)
-    parser.add_argument("--processes", type=int, default=max(1, min(12, cores() - 1)))
+    parser.add_argument("--processes", type=int, default=max(1, min(4, cores() - 1)))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--rows", nargs="+", default=ROWS, choices=ROWS)

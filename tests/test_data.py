@@ -157,6 +157,9 @@ def test_a_smaller_set_knows_its_own_contents(root):
     assert len({found.fingerprint, *(other.fingerprint for other in others)}) == 3
     with pytest.raises(InputError, match="at most 30"):
         found.take(31)
+    for beyond in ([5, 30], range(25, 31), [-1]):
+        with pytest.raises(InputError, match="cannot take image .* it has 30"):
+            found.take(beyond)
 
 
 def test_an_image_set_refuses_tensors_that_do_not_fit():

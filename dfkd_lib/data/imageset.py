@@ -125,6 +125,8 @@ class ImageSet:
             if not 0 <= indices <= len(self):
                 raise InputError(f"cannot take {indices} images of {self!r}; take at most {len(self)}")
             indices = range(indices)
+        if not isinstance(indices, Tensor) and len(indices) and not 0 <= min(indices) <= max(indices) < len(self):
+            raise InputError(f"cannot take image {max(indices)} of {self!r}; it has {len(self)}")
         at = torch.as_tensor(indices, dtype=torch.int64, device=self.device)
         labels = None if self._labels is None else self._labels.index_select(0, at)
         return self._like(self._images.index_select(0, at), labels)
