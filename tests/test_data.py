@@ -158,7 +158,7 @@ def test_a_smaller_set_knows_its_own_contents(root):
     with pytest.raises(InputError, match="at most 30"):
         found.take(31)
     for beyond in ([5, 30], range(25, 31), [-1]):
-        with pytest.raises(InputError, match="cannot take image .* it has 30"):
+        with pytest.raises(InputError, match=r"cannot take image .* it has 30"):
             found.take(beyond)
 
 
