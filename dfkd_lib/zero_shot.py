@@ -7,6 +7,7 @@ network that never saw the unseen classes, and one signature per class, [C, A]. 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +33,7 @@ class Refused(InputError, ValueError):
     """An `InputError` that code which knows scikit-learn alone can catch, too."""
 
 
-class _ZeroShotClassifier(ClassifierMixin, BaseEstimator):
+class _ZeroShotClassifier(ClassifierMixin, BaseEstimator, ABC):
     """What both classifiers share: signatures, candidates, measures.
 
     Attributes:
@@ -74,8 +75,9 @@ class _ZeroShotClassifier(ClassifierMixin, BaseEstimator):
         """How sure each prediction is, float [N]; only the order means something."""
         return selective.max_probability(self._candidate_scores(X)).cpu().double().numpy()
 
+    @abstractmethod
     def _candidate_scores(self, X: Any) -> Tensor:
-        raise NotImplementedError
+        """Scores of `classes_`, [N, len(classes_)], whose softmax are their probabilities."""
 
     def _table(self, y: Array) -> tuple[Array, Any]:
         """Labels and signatures of all classes, as given."""

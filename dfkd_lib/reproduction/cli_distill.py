@@ -29,7 +29,7 @@ def add_arguments(one: argparse.ArgumentParser, path: Callable[[str], Path]) -> 
     one.add_argument("--image-shape", required=True, metavar="CxHxW", help="of the images, such as 3x32x32")
     one.add_argument("--classes", type=int, required=True, metavar="N", help="how many logits the networks have")
     one.add_argument("--mean", metavar="A,B,C", help="of images in [0, 1]; default: as the teacher's source says")
-    one.add_argument("--std", metavar="A,B,C", help="likewise; none,none for networks that take images in [0, 1]")
+    one.add_argument("--std", metavar="A,B,C", help="likewise; none for both: the networks take images in [0, 1]")
     one.add_argument("--method", metavar="M", help="default: fast")
     one.add_argument("--preset", metavar="P", help="digits, mnist, cifar10 or paper (default: by the image size)")
     long = one.add_mutually_exclusive_group()
