@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .distilling import Distilled, distill
+    from .distilling_text import DistilledText, distill_text
     from .reusing import amalgamate, graft
     from .transferring import select_layer, transferability
     from .zero_shot import QFSL, SelectiveClassifier
@@ -13,9 +14,11 @@ if TYPE_CHECKING:
 __all__ = [
     "QFSL",
     "Distilled",
+    "DistilledText",
     "SelectiveClassifier",
     "amalgamate",
     "distill",
+    "distill_text",
     "graft",
     "select_layer",
     "transferability",
@@ -37,6 +40,10 @@ def __getattr__(name: str) -> Any:
         from . import zero_shot
 
         return getattr(zero_shot, name)
+    if name in ("DistilledText", "distill_text"):
+        from . import distilling_text
+
+        return getattr(distilling_text, name)
     if name in __all__:
         from . import distilling
 

@@ -12,6 +12,8 @@ from .errors import InputError
 from .models import Normalize
 from .settings import typed
 
+VOID = 255  # in masks: no label
+
 
 def shape_of_images(image_shape: Sequence[int]) -> tuple[int, int, int]:
     """(C, H, W).
@@ -86,7 +88,8 @@ def labelled_images(
     """Images to test on, as a set.
 
     Args:
-        test: a set, or images [N, C, H, W], uint8 or floats in [0, 1], and labels [N], whole numbers of any type.
+        test: a set, or images [N, C, H, W], uint8 or floats in [0, 1], and labels [N] or masks [N, H, W], whole numbers
+            of any type; 255 in a mask stands for no label.
 
     Raises:
         InputError: anything else, another shape, or a label outside 0..n_classes - 1.
@@ -101,11 +104,20 @@ def labelled_images(
             images = images.float().mul(255).round().to(torch.uint8)
         if labels.is_complex() or (labels.is_floating_point() and not torch.equal(labels, labels.round())):
             raise InputError("the test labels must be whole numbers, one per image")
-        test = ImageSet(images, labels.long(), classes=[str(i) for i in range(n_classes)], name="test", split="test")
+        classes = [str(i) for i in range(n_classes)]
+        if labels.ndim == 3:
+            if labels.min() < 0 or labels.max() > VOID:
+                raise InputError(f"masks must lie in 0..{VOID}, {VOID} for pixels without a label")
+            test = ImageSet(images, labels.byte(), classes=classes, name="test", split="test", void=VOID)
+        else:
+            test = ImageSet(images, labels.long(), classes=classes, name="test", split="test")
     if test.image_shape != image_shape:
         raise InputError(f"the test images have shape {test.image_shape}, and image_shape is {image_shape}")
-    if test.labels is None or test.task != "classification" or not len(test):
-        raise InputError("the test images need one label each")
-    if test.labels.min() < 0 or test.labels.max() >= n_classes:
+    if test.labels is None or not len(test):
+        raise InputError("the test images need one label or mask each")
+    known = test.labels if test.void is None else test.labels[test.labels != test.void]
+    if not known.numel() or known.min() < 0 or known.max() >= n_classes:
         raise InputError(f"the test labels must lie in 0..{n_classes - 1}, as the teacher has {n_classes} classes")
+    if test.task == "segmentation" and test.n_classes != n_classes:
+        raise InputError(f"the test masks have {test.n_classes} classes and the teacher {n_classes}")
     return test

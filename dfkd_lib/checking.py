@@ -6,7 +6,8 @@ so what is examined is a copy, see :mod:`dfkd_lib.lending`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from .runtime import Runtime, random_state_kept
 from .taps import tapped
 from .training.modes import evaluating, in_eval_mode, still
 
+PER_PIXEL = "logits for every pixel teach by dfad, dfad-one-stage or random, and by mosaickd or kd with images"
 _HARDLY = 1e-2  # logits vary so little between dark, bright and noisy images, as a share of their spread over classes
 
 
@@ -71,21 +73,43 @@ def check_roles(teacher: nn.Module, student: nn.Module) -> None:
         raise InputError("no weight of the student can learn; call student.requires_grad_(True), or give it weights")
 
 
-def common_classes(teacher: nn.Module, student: nn.Module, image_shape: Sequence[int], runtime: Runtime) -> int:
-    """K, as many logits as both networks have for images of this shape.
+def common_classes(
+    teacher: nn.Module, student: nn.Module, image_shape: Sequence[int], runtime: Runtime, *, dense: bool = False
+) -> int:
+    """K, as many logits as both networks have for images of this shape, or for each of their pixels.
 
     Raises:
-        InputError: they differ in K, are the same object, or one of them does not pass :func:`n_logits`.
+        InputError: see :func:`common_shape`.
+    """
+    return common_shape(teacher, student, image_shape, runtime, dense=dense)[0]
+
+
+def common_shape(
+    teacher: nn.Module, student: nn.Module, image_shape: Sequence[int], runtime: Runtime, *, dense: bool = False
+) -> tuple[int, ...]:
+    """(K,), or (K, H, W) of networks that name a class for every pixel, as both have it for images of this shape.
+
+    Args:
+        dense: whether these are allowed.
+
+    Raises:
+        InputError: they differ in it, are the same object, or one of them does not pass :func:`n_logits`.
     """
     if teacher is student:
         raise InputError("teacher and student are the same network; give the student its own")
-    n_classes = n_logits(teacher, image_shape, runtime, "teacher")
-    of_student = n_logits(student, image_shape, runtime, "student")
-    if of_student != n_classes:
+    found = _shape_of_logits(teacher, image_shape, runtime, "teacher", dense)
+    of_student = _shape_of_logits(student, image_shape, runtime, "student", dense)
+    if len(of_student) != len(found):
+        per = {1: "image", 3: "pixel"}
         raise InputError(
-            f"the student has {of_student} classes and the teacher {n_classes}; build the student with {n_classes}"
+            f"the teacher names a class for every {per[len(found)]} and the student for every {per[len(of_student)]}; "
+            "give two of a kind"
         )
-    return n_classes
+    if of_student != found:
+        raise InputError(
+            f"the student has {of_student[0]} classes and the teacher {found[0]}; build the student with {found[0]}"
+        )
+    return found
 
 
 def n_logits(network: nn.Module, image_shape: Sequence[int], runtime: Runtime, who: str) -> int:
@@ -97,8 +121,15 @@ def n_logits(network: nn.Module, image_shape: Sequence[int], runtime: Runtime, w
     Raises:
         InputError: the network fails on images of this shape, or does not return finite logits [B, K], K >= 2.
     """
-    with evaluating(network), random_state_kept(runtime.device):
-        return _logits(network, _images(image_shape, runtime)[:2], runtime, who).shape[1]
+    return _shape_of_logits(network, image_shape, runtime, who)[0]
+
+
+def returns_out(network: nn.Module, image_shape: Sequence[int], runtime: Runtime) -> bool:
+    """Whether the network returns its logits under "out" in a dictionary, as torchvision's segmenters do."""
+    with contextlib.suppress(Exception), evaluating(network), random_state_kept(runtime.device), runtime.autocast():
+        found = network(_images(image_shape, runtime)[:2])
+        return isinstance(found, Mapping) and isinstance(found.get("out"), Tensor)
+    return False
 
 
 def count_macs(network: nn.Module, image_shape: Sequence[int], runtime: Runtime) -> float:
@@ -115,12 +146,13 @@ def count_macs(network: nn.Module, image_shape: Sequence[int], runtime: Runtime)
 
 
 def examine_teacher(
-    teacher: nn.Module, image_shape: Sequence[int], runtime: Runtime, *, gradient: bool = True
+    teacher: nn.Module, image_shape: Sequence[int], runtime: Runtime, *, gradient: bool = True, dense: bool = False
 ) -> Found:
     """How a prepared and frozen teacher treats images.
 
     Args:
         gradient: whether its gradient with respect to the image is needed, as by all methods that make images.
+        dense: whether it may have logits for every pixel.
 
     Raises:
         InputError: see :func:`n_logits`; its logits are the same for all images; its forward pass switches layers to
@@ -129,10 +161,10 @@ def examine_teacher(
     x = _images(image_shape, runtime)
     with still(teacher), random_state_kept(runtime.device):
         given = x.clone()
-        logits = _logits(teacher, given, runtime, "teacher").float()
+        logits = _logits(teacher, given, runtime, "teacher", dense=dense).float()
         overwrites = _changed(given, x)
         trains = [name for name, module in teacher.named_modules() if module.training]
-        again = _logits(teacher, x.clone(), runtime, "teacher").float()
+        again = _logits(teacher, x.clone(), runtime, "teacher", dense=dense).float()
     if trains:
         raise InputError(f"the teacher's forward pass puts {trains[-1] or 'it'!r} into training mode; take that out")
     over_images, over_classes = logits.std(0).mean(), logits.std(1).mean()
@@ -140,7 +172,7 @@ def examine_teacher(
         raise InputError("the teacher's logits are the same for all images, noisy, dark and bright; check its weights")
     if gradient:
         with in_eval_mode(teacher), as_written(), random_state_kept(runtime.device):
-            _check_image_gradient(teacher, x, runtime)
+            _check_image_gradient(teacher, x, runtime, dense)
     warnings = []
     if not torch.allclose(logits, again, rtol=1e-2, atol=1e-3):
         warnings.append("the teacher's logits differ between two passes over the same images; is dropout on in it?")
@@ -153,8 +185,11 @@ def examine_teacher(
     return Found(overwrites, tuple(warnings))
 
 
-def examine_student(student: nn.Module, image_shape: Sequence[int], runtime: Runtime) -> Found:
+def examine_student(student: nn.Module, image_shape: Sequence[int], runtime: Runtime, *, dense: bool = False) -> Found:
     """How a prepared student treats images and learns; in training mode too, on a copy.
+
+    Args:
+        dense: whether it may have logits for every pixel.
 
     Raises:
         InputError: see :func:`n_logits`, in either mode; no gradient reaches its weights.
@@ -165,10 +200,10 @@ def examine_student(student: nn.Module, image_shape: Sequence[int], runtime: Run
     with random_state_kept(runtime.device):
         with still(student):
             given = x.clone()
-            _logits(student, given, runtime, "student")
+            _logits(student, given, runtime, "student", dense=dense)
             overwrites = _changed(given, x)
         given = x.clone()
-        logits = _logits(probe, given, runtime, "student", " in training mode")
+        logits = _logits(probe, given, runtime, "student", " in training mode", dense=dense)
         weights = [p for p in probe.parameters() if p.requires_grad]
         gradients = _gradients(logits, weights, "student")
     if all(g is None for g in gradients):
@@ -202,10 +237,10 @@ def check_visits(teacher: nn.Module, layers: Sequence[nn.Module], image_shape: S
             )
 
 
-def _check_image_gradient(teacher: nn.Module, x: Tensor, runtime: Runtime) -> None:
+def _check_image_gradient(teacher: nn.Module, x: Tensor, runtime: Runtime, dense: bool) -> None:
     leaf = x.clone().requires_grad_()
     # A clone, as the network may write to it, which a leaf would not let it.
-    (gradient,) = _gradients(_logits(teacher, leaf.clone(), runtime, "teacher"), [leaf], "teacher")
+    (gradient,) = _gradients(_logits(teacher, leaf.clone(), runtime, "teacher", dense=dense), [leaf], "teacher")
     if gradient is None or not gradient.any():
         raise InputError(
             "the teacher gives no gradient with respect to the image (torch.no_grad, inference_mode, rounding or "
@@ -221,7 +256,7 @@ def _gradients(logits: Tensor, wanted: Sequence[Tensor], who: str) -> tuple[Tens
         return (None,) * len(wanted)
     mixture = torch.linspace(-1, 1, logits.shape[1], device=logits.device).sin()
     try:
-        return torch.autograd.grad((logits.float() * mixture).sum(), wanted, allow_unused=True)
+        return torch.autograd.grad((logits.float().movedim(1, -1) * mixture).sum(), wanted, allow_unused=True)
     except Exception as e:
         raise InputError(f"the {who} fails in the backward pass: {first_line(e)}") from e
 
@@ -239,7 +274,16 @@ def _changed(x: Tensor, before: Tensor) -> bool:
     return x._version > 0 or not torch.equal(x, before)
 
 
-def _logits(network: nn.Module, x: Tensor, runtime: Runtime, who: str, when: str = "") -> Tensor:
+def _shape_of_logits(
+    network: nn.Module, image_shape: Sequence[int], runtime: Runtime, who: str, dense: bool = False
+) -> tuple[int, ...]:
+    with evaluating(network), random_state_kept(runtime.device):
+        return tuple(_logits(network, _images(image_shape, runtime)[:2], runtime, who, dense=dense).shape[1:])
+
+
+def _logits(
+    network: nn.Module, x: Tensor, runtime: Runtime, who: str, when: str = "", *, dense: bool = False
+) -> Tensor:
     n, *image_shape = x.shape
     shape = "x".join(map(str, image_shape))
     try:
@@ -252,10 +296,15 @@ def _logits(network: nn.Module, x: Tensor, runtime: Runtime, who: str, when: str
             f"the {who} returns a {type(logits).__name__}{when}, not one tensor of logits; wrap it in a module that "
             "returns the logits alone"
         )
-    if logits.ndim != 2 or len(logits) != n or logits.shape[1] < 2 or not logits.is_floating_point():
+    per_pixel = logits.ndim == 4 and logits.shape[2:] == x.shape[2:]
+    if per_pixel and not dense:
+        raise InputError(f"the {who} names a class for every pixel, and this takes one for every image; {PER_PIXEL}")
+    fits = logits.ndim == 2 or per_pixel
+    if not fits or len(logits) != n or logits.shape[1] < 2 or not logits.is_floating_point():
         kind = "" if logits.is_floating_point() else f" of {logits.dtype}"
         raise InputError(
             f"the {who} returns {list(logits.shape)}{kind}{when} for {n} images of shape {shape}, not logits [{n}, K]"
+            + (f" or [{n}, K, {', '.join(map(str, x.shape[2:]))}]" if dense and logits.ndim == 4 else "")
         )
     if not torch.isfinite(logits).all():
         raise InputError(f"the {who} returns NaN or infinite logits{when}; check its weights")

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import arguments, checking, lending, planning, records
+from . import arguments, checking, judging, lending, planning, records
 from .compiling import pays
 from .data import ImageSet
+from .deadlines import Deadline
 from .errors import DFKDError, InputError, unknown
 from .files import lock, output_folder
-from .measures.evaluation import accuracy
+from .measures.evaluation import evaluate
 from .methods.diagnosis import without_classes
 from .methods.distiller import BankDistiller
 from .models import count_parameters
@@ -32,9 +33,7 @@ from .runtime import Runtime, hardware, random_state_kept
 from .settings import typed
 from .training.budget import Budget
 from .training.fit import Fit, fit, resumed
-from .training.players import no_weight_gradients
 
-_FRESH = 256  # synthetic images on which the networks are compared
 _LARGE_BANK = 1e9  # bytes of stored images that are worth a word before the run
 _LAYOUTS = {"auto": None, "channels-last": True, "contiguous": False}
 
@@ -47,11 +46,13 @@ class Distilled:
         student: a trained copy of the student that was passed in: in eval mode, on that one's device, without a
             `torch.compile` or `DataParallel` around it.
         agreement: share of fresh synthetic images, or of held-back pictures, on which student and teacher name the
-            same class. It is the only figure that can be had without labels, and no accuracy: synthetic images are not
-            the images that the student is for, and most methods look for those on which the networks still differ.
+            same class; for segmentation the mean intersection over union of the student's maps with the teacher's.
+            It is the only figure that can be had without labels, and no accuracy: synthetic images are not the images
+            that the student is for, and most methods look for those on which the networks still differ.
         classes_named: how many different classes the teacher names on those images. Where they are few, agreement
             is easy and says little.
-        accuracy: of "teacher" and "student" on the test images; empty if none were given.
+        accuracy: of "teacher" and "student" on the test images, for segmentation their mean intersection over union
+            with the masks; empty if none were given.
         images: some of the images on which the networks were compared, float32 [n, C, H, W] in [0, 1], on the CPU.
         budget: what was spent.
         seconds: wall-clock time, resumed parts included.
@@ -73,17 +74,20 @@ class Distilled:
         asked = self.record["parameters"]
         teacher, student = self.record["networks"]["teacher"], self.record["networks"]["student"]
         seen, fresh = "synthetic images", "fresh synthetic images"
-        if "images" in asked:
+        if asked["method"] == "kd":
             seen, fresh = "pictures", "held-back pictures"
+        agreed, right = "agreement", "test accuracy"
+        if "task" in asked:
+            agreed, right = "mean IoU with the teacher", "test mean IoU"
         lines = [
             f"{asked['method']}: {self.budget.student_updates:,} student updates on {self.budget.images:,} {seen} in "
             f"{self.seconds:.0f} s",
             f"{teacher:,} -> {student:,} parameters ({teacher / max(1, student):.1f} times fewer)",
-            f"agreement on {fresh} {self.agreement:.1%}, where the teacher names {self.classes_named} "
+            f"{agreed} on {fresh} {self.agreement:.1%}, where the teacher names {self.classes_named} "
             f"of {asked['num_classes']} classes",
         ]
         if self.accuracy:
-            lines.append(f"test accuracy {self.accuracy['student']:.1%}, teacher {self.accuracy['teacher']:.1%}")
+            lines.append(f"{right} {self.accuracy['student']:.1%}, teacher {self.accuracy['teacher']:.1%}")
         return "\n".join([*lines, *(f"warning: {line}" for line in self.record["warnings"])])
 
 
@@ -116,11 +120,13 @@ def distill(
     given a copy of them.
 
     Args:
-        teacher: a trained classifier in eval mode, images [B, C, H, W] -> logits [B, num_classes].
+        teacher: a trained classifier in eval mode, images [B, C, H, W] -> logits [B, num_classes]; or a network for
+            semantic segmentation, -> logits [B, num_classes, H, W] or a dictionary that holds them as "out".
         student: the same interface, any architecture; its present weights are where training starts.
         method: one of `dfkd_lib.distillers.names()`; None is "fast". "dafl", "zskt" and "dfad" ask nothing of the
             teacher but logits, and of "dafl" a last linear layer; the others read the running statistics of its batch
-            norm.
+            norm. A segmentation network teaches by "dfad", "dfad-one-stage" or "random", and with `images` by "kd" or
+            "mosaickd".
         image_shape: (C, H, W) of the images that the networks are for.
         mean, std: one number per channel, of images in [0, 1], if both networks expect (x - mean) / std; None if they
             expect x in [0, 1]. Networks that expect x in 0..255 have mean 0 and std 1/255.
@@ -129,12 +135,16 @@ def distill(
             pass flip=False where left and right matter.
         n_updates: student updates; None takes the preset's number.
         minutes: instead of n_updates: a few steps are measured, and as many updates are taken as end in that time,
-            which a line says beforehand. Nothing is compiled then.
+            which a line says beforehand. If the machine slows down later, the run is made shorter, with its schedule
+            of learning rates, and a warning says by how much. Nothing is compiled then.
         images: folder of pictures of your own, without labels: the student learns the teacher's logits on them, and
             nothing is synthesised. The method is then "kd", whose settings are those of
-            :class:`dfkd_lib.own_images.Settings`; a tenth of the pictures, at most 256, is kept to compare on.
+            :class:`dfkd_lib.own_images.Settings`; a tenth of the pictures, at most 256, is kept to compare on. Where
+            the pictures show other things than the teacher knows, method "mosaickd" makes images of their patches
+            too; its settings are those of :class:`dfkd_lib.other_images.Settings`.
         test: images to evaluate both networks on when all is done: a set of dfkd_lib, or (images [N, C, H, W],
-            uint8 or floats in [0, 1] before any normalisation; labels [N]).
+            uint8 or floats in [0, 1] before any normalisation; labels [N], or masks [N, H, W] with 255 for pixels
+            without a label).
         device, precision: see :meth:`dfkd_lib.runtime.Runtime.choose`. On a processor with a C++ compiler the networks
             of a long run are compiled (:func:`dfkd_lib.compiling.pays`), which `record["runtime"]` says.
         layout: memory format of images and weights, "channels-last" or "contiguous"; "auto" is the first for 16-bit
@@ -162,10 +172,12 @@ def distill(
         method = "dfad-one-stage"
     shape = arguments.shape_of_images(image_shape)
     preset, minutes = preset or _preset(shape), arguments.minutes_of_run(minutes, n_updates)
-    if images is not None and method not in (None, "kd"):
+    if images is not None and method not in (None, *planning.ON_PICTURES):
         raise InputError(f"method {method!r} makes its images, so it takes none; leave method or images out")
+    if images is None and method in planning.ON_PICTURES:
+        raise InputError(f"method {method!r} needs images; give a folder of pictures")
     own = None if images is None else pictures(str(images), shape)
-    method = "kd" if own is not None else "fast" if method is None else method
+    method = method or ("kd" if own is not None else "fast")
     way = Way(method, preset, shape, settings, own)
     chosen = way.settings(n_updates)
     for who, network in (("teacher", teacher), ("student", student)):
@@ -184,7 +196,10 @@ def distill(
     folder = None if out is None else output_folder(out)
     with random_state_kept(where), torch.inference_mode(False), torch.enable_grad(), ExitStack() as held:
         runtime = Runtime.choose(where, precision, seed=seed, channels_last=_LAYOUTS[layout])
-        look = partial(prepared, teacher, student, shape, statistics, asks_gradient=planning.asks_gradient(chosen))
+        look = partial(
+            prepared, teacher, student, shape, statistics,
+            asks_gradient=planning.asks_gradient(chosen), dense=method in planning.PER_PIXEL,
+        )  # fmt: skip
         try:
             players = look(runtime)
         except InputError:
@@ -194,6 +209,12 @@ def distill(
             players = look(runtime)
         if players.n_classes != num_classes:
             raise InputError(f"num_classes is {num_classes}, but the teacher has {players.n_classes} logits")
+        if test_set is not None and (test_set.task == "segmentation") != players.dense:
+            raise InputError(f"the test images need {'a mask' if players.dense else 'one label'} each, as the networks "
+                             f"name a class for every {'pixel' if players.dense else 'image'}")  # fmt: skip
+        if players.dense:
+            way = replace(way, dense=True)
+            chosen = way.settings(n_updates)
         told = players.warnings
         asked: dict[str, Any] = {
             "method": method,
@@ -205,19 +226,23 @@ def distill(
             "precision": runtime.precision,
             "layout": "channels-last" if runtime.channels_last else "contiguous",
         }
+        if players.dense:
+            asked["task"] = "segmentation"
         if own is not None:
             asked["images"] = f"{len(own)} pictures, {own.fingerprint}"
         if folder:
             held.enter_context(lock(folder / ".lock", timeout=0, what=f"folder {folder}"))
+        plan = None
         if minutes is not None:
             asked["minutes"] = minutes
             call = _digest(asked | {"seed": seed, "settings": _recorded(chosen)}, teacher, student)
-            n_updates = planning.planned(folder, call)
-            if n_updates is None:
+            plan = planning.planned(folder, call)
+            if plan is None:
                 left = 60 * minutes - (planning.clock() - began)
-                n_updates = planning.updates_within(left, way, partial(look, runtime), runtime, test_set)
+                plan = planning.updates_within(left, way, partial(look, runtime), runtime, test_set)
                 if folder:
-                    planning.note(folder, call, n_updates)
+                    planning.note(folder, call, plan)
+            n_updates = plan.n_updates
             chosen = way.settings(n_updates)
             planning.say(f"{n_updates:,} student updates of {method} fit into {minutes:g} minutes here", progress)
         asked["settings"] = _recorded(chosen)
@@ -247,24 +272,30 @@ def distill(
             checkpoint=checkpoint,
             identity={"seed": seed, **asked["settings"], **asked},
             progress=progress,
+            shorten=None if plan is None else Deadline(algorithm, way.settings, plan, n_steps),
         )
+        if run.cut_to:
+            told.append(f"the machine was slower than measured before the run: {algorithm.budget.student_updates:,} of "
+                        f"{n_updates:,} updates were taken, as many as ended in {minutes:g} minutes")  # fmt: skip
+            warnings.warn(told[-1], stacklevel=2)
         if warning := without_classes(run.history, chosen, num_classes):
             told.append(warning)
         budget = Budget()
         budget.load_state_dict(algorithm.budget.state_dict())
-        fresh = _fresh(algorithm)
-        agreement = float((fresh["student"] == fresh["teacher"]).float().mean())
+        fresh = judging.fresh_images(algorithm, dense=players.dense)
+        agreement = judging.agreement(fresh, num_classes)
         classes_named = len(fresh["teacher"].unique())
-        if classes_named < _expected_classes(num_classes, len(fresh["teacher"])) / 2:
+        if classes_named < judging.expected_classes(num_classes, fresh["teacher"].numel()) / 2:
             told.append(f"the teacher names {classes_named} of {num_classes} classes on fresh images, so agreement on "
                         "them says little")  # fmt: skip
         figures = {}
         if test_set is not None:
             there = test_set.to(runtime.device)
-            figures = {"teacher": accuracy(players.teacher, there, runtime),
-                       "student": accuracy(players.student, there, runtime)}  # fmt: skip
-    measured = {"agreement": agreement, "classes named": classes_named}
-    measured |= {f"{who} accuracy": value for who, value in figures.items()}
+            for who, network in (("teacher", players.teacher), ("student", players.student)):
+                ((measure, figures[who]),) = evaluate(network, there, runtime).items()
+    agreed = "mean IoU with the teacher" if players.dense else "agreement"
+    measured = {agreed: agreement, "classes named": classes_named}
+    measured |= {f"{who} {measure}": value for who, value in figures.items()}
     record = {
         "chapter": "distill",
         "profile": preset,
@@ -277,7 +308,7 @@ def distill(
         "budget": budget.state_dict(),
         "seconds": round(run.seconds, 1),
         "resumed": resumed(run),
-        "by class": _by_class(fresh),
+        "by class": judging.by_class(fresh),
         "metrics": {f"distill/{method}/{measure}": value for measure, value in measured.items()},
         "best": {},
         "warnings": told,
@@ -292,8 +323,7 @@ def distill(
             except DFKDError as e:
                 told.append(f"{e}; the {what} is in the result all the same: keep it from there")
                 warnings.warn(told[-1], stacklevel=2)
-    some = torch.linspace(0, len(fresh["images"]) - 1, min(64, len(fresh["images"]))).round().long()
-    shown = fresh["images"].cpu()[some].clamp(0, 1).float()
+    shown = judging.evenly(fresh["images"], 64)
     return Distilled(trained, agreement, classes_named, figures, shown, budget, run.seconds, run, record)
 
 
@@ -318,27 +348,6 @@ def _large_bank(method: Run, n_steps: int) -> list[str]:
     need = images * math.prod(method.image_shape)
     line = f"the image bank will take {need / 1e9:.1f} GB for {images:,} images; a smaller bank_size keeps fewer"
     return [line] if need >= _LARGE_BANK else []
-
-
-def _fresh(method: Run) -> dict[str, Tensor]:
-    """Images that the student has not seen, and what the networks say to them; nothing more is learnt."""
-    if isinstance(method, BankDistiller):
-        method.student.eval()
-        with no_weight_gradients(method.student):
-            method.synthesize()
-        return method.watch(min(_FRESH, method.newest_call))
-    return method.watch(_FRESH)
-
-
-def _by_class(fresh: dict[str, Tensor]) -> dict[str, list[int]]:
-    """{class: [images on which the teacher names it, those of them on which the student does]}."""
-    teacher, same = fresh["teacher"], fresh["teacher"] == fresh["student"]
-    return {str(c): [int((teacher == c).sum()), int(same[teacher == c].sum())] for c in teacher.unique().tolist()}
-
-
-def _expected_classes(n_classes: int, n: int) -> float:
-    """How many different classes n uniform draws name, on average."""
-    return n_classes * (1 - (1 - 1 / n_classes) ** n)
 
 
 def _digest(asked: dict[str, Any], teacher: nn.Module, student: nn.Module) -> str:

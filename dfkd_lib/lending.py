@@ -85,6 +85,19 @@ def normalizing(network: nn.Module, statistics: tuple[list[float], list[float]] 
     return nn.Sequential(OrderedDict(normalize=Normalize(*statistics), network=network))
 
 
+class LogitsAlone(nn.Module):
+    """A network that returns a dictionary, with its "out" alone: torchvision's segmenters add others in training."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, K, H, W]."""
+        logits: Tensor = self.network(x)["out"]
+        return logits
+
+
 def spare_input(network: nn.Module) -> RemovableHandle:
     """From now on the network works on a copy of its images, which it would overwrite otherwise."""
     return network.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(), *inputs[1:]))

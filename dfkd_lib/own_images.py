@@ -110,9 +110,13 @@ class OnPictures(kd.KD):
         return metrics
 
     def watch(self, n: int) -> dict[str, Tensor]:
-        """At most n held-back pictures in [0, 1], and the classes that "teacher" and "student" name."""
+        """At most n held-back pictures in [0, 1], and the classes that "teacher" and "student" name, as many at a time
+        as a step takes."""
+        seen: dict[str, list[Tensor]] = {"images": [], "teacher": [], "student": []}
         with evaluating(self.student), self.runtime.autocast():
-            x, _ = self.held_back.batch(range(min(n, len(self.held_back))))
-            prepared = self.runtime.images(x)
-            opinions = {"teacher": self.teacher(prepared).argmax(1), "student": self.student(prepared).argmax(1)}
-        return {"images": x, **opinions}
+            for x, _ in self.held_back.take(min(n, len(self.held_back))).batches(self.settings.batch_size):
+                prepared = self.runtime.images(x)
+                seen["images"].append(x)
+                seen["teacher"].append(self.teacher(prepared).argmax(1))
+                seen["student"].append(self.student(prepared).argmax(1))
+        return {name: torch.cat(parts) for name, parts in seen.items()}

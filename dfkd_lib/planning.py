@@ -19,10 +19,13 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from .compiling import as_written
 from .data import ImageSet
+from .deadlines import Plan
 from .distillers import DataFreeMethod, build, n_calls, settings_for
 from .errors import InputError
 from .files import read_json, write_json
 from .methods.distiller import BankDistiller
+from .other_images import OnOtherPictures
+from .other_images import settings_for as settings_on_others
 from .own_images import OnPictures
 from .own_images import Settings as PictureSettings
 from .own_images import settings_for as settings_on_pictures
@@ -37,7 +40,13 @@ _MOST_STEPS = 40
 _PLAN = "plan.json"
 clock: Callable[[], float] = time.perf_counter
 
-Run = DataFreeMethod | OnPictures
+Run = DataFreeMethod | OnPictures | OnOtherPictures
+ON_PICTURES = ("kd", "mosaickd")
+PER_PIXEL = ("dfad", "dfad-one-stage", "random", *ON_PICTURES)
+"""The methods that learn on a person's pictures, and those for networks that name a class for every pixel."""
+
+# As in the segmentation runs of the chapter.
+_DFAD_PER_PIXEL = {"log_generator_loss": True, "batch_size": 32, "ngf": 32, "weight_decay": 5e-4}
 
 
 @dataclass(frozen=True)
@@ -47,7 +56,8 @@ class Way:
     Attributes:
         image_shape: (C, H, W).
         given: settings of the method that the caller set.
-        pictures: for method "kd" alone.
+        pictures: for the methods of `ON_PICTURES` alone.
+        dense: whether the networks name a class for every pixel.
     """
 
     method: str
@@ -55,6 +65,7 @@ class Way:
     image_shape: tuple[int, int, int]
     given: Mapping[str, Any]
     pictures: ImageSet | None = None
+    dense: bool = False
 
     def settings(self, n_updates: int | None) -> Any:
         """The method's settings for a number of student updates; None takes the preset's.
@@ -62,10 +73,12 @@ class Way:
         Raises:
             InputError: an unknown setting, or a value that cannot be.
         """
-        if self.pictures is not None:
+        if self.method == "kd":
             return settings_on_pictures(self.preset, n_updates, self.given)
+        if self.method == "mosaickd":
+            return settings_on_others(self.preset, n_updates, self.image_shape, self.given, dense=self.dense)
         return settings_for(self.method, preset=self.preset, n_updates=n_updates, image_shape=self.image_shape,
-                            **self.given)  # fmt: skip
+                            **self._given())  # fmt: skip
 
     def begun(self, players: Players, runtime: Runtime, n_updates: int | None) -> tuple[Run, int]:
         """The run, ready for its first step, and how many steps it takes.
@@ -75,10 +88,19 @@ class Way:
         """
         if self.pictures is not None:
             chosen = self.settings(n_updates)
-            return OnPictures(players.teacher, players.student, self.pictures, chosen, runtime), chosen.n_updates
+            kind: Any = OnPictures if self.method == "kd" else OnOtherPictures
+            return kind(players.teacher, players.student, self.pictures, chosen, runtime), self.steps(chosen)
         run = build(self.method, players.teacher, players.student, self.image_shape, runtime, preset=self.preset,
-                    n_updates=n_updates, **self.given)  # fmt: skip
+                    n_updates=n_updates, **self._given())  # fmt: skip
         return run, n_calls(run)
+
+    def steps(self, chosen: Any) -> int:
+        """How many steps a run on pictures takes with these settings."""
+        return int(chosen.n_updates if self.method == "kd" else chosen.n_steps)
+
+    def _given(self) -> Mapping[str, Any]:
+        ours = _DFAD_PER_PIXEL if self.dense else {}
+        return {**ours, **self.given}
 
 
 def asks_gradient(settings: Any) -> bool:
@@ -91,7 +113,7 @@ def asks_gradient(settings: Any) -> bool:
 
 def updates_within(
     seconds: float, way: Way, players: Callable[[], Players], runtime: Runtime, test: ImageSet | None
-) -> int:
+) -> Plan:
     """How many student updates end within a time, found by taking a few steps that are thrown away.
 
     Their own time is counted; so are the images of the final comparison and the evaluation on test images.
@@ -119,14 +141,15 @@ def updates_within(
         step = statistics.mean(taken[1:] or taken)
         after = step + (_evaluation(cast, test, runtime) if test is not None else 0.0)
     warm_up = getattr(usual, idle, 0) * silent
-    n_steps = math.floor((seconds - (clock() - begun_at) - after - warm_up) / step)
+    training = seconds - (clock() - begun_at) - after
+    n_steps = math.floor((training - warm_up) / step)
     if n_steps < 1:
         least = (clock() - begun_at + after + warm_up + step) / 60
         raise InputError(
             f"the minutes do not suffice for {way.method}, one step of which takes {step:.1f} s here; give at least "
             f"{math.ceil(10 * least) / 10:g}, or choose smaller settings"
         )
-    return n_steps * per_step
+    return Plan(n_steps * per_step, training)
 
 
 def _timed(run: Run) -> float:
@@ -138,16 +161,16 @@ def _timed(run: Run) -> float:
 
 def _evaluation(players: Players, test: ImageSet, runtime: Runtime) -> float:
     """Seconds in which both networks see all test images, by those that some take."""
-    from .measures.evaluation import accuracy
+    from .measures.evaluation import evaluate
 
     some, start = test.take(min(len(test), 200)).to(runtime.device), clock()
     for network in (players.teacher, players.student):
-        accuracy(network, some, runtime)
+        evaluate(network, some, runtime)
     return (clock() - start) * len(test) / len(some)
 
 
-def planned(folder: Path | None, call: str) -> int | None:
-    """The student updates that an earlier call with these arguments chose for its minutes, None if there is none.
+def planned(folder: Path | None, call: str) -> Plan | None:
+    """What an earlier call with these arguments planned for its minutes, None if there is none.
 
     Args:
         call: what stands for the arguments.
@@ -158,21 +181,21 @@ def planned(folder: Path | None, call: str) -> int | None:
     """
     if folder is None or not (folder / _PLAN).exists():
         return None
-    noted = read_json(folder / _PLAN, {"call": str, "n_updates": int})
+    noted = read_json(folder / _PLAN, {"call": str, "n_updates": int, "seconds": float})
     if noted["call"] == call:
-        return int(noted["n_updates"])
+        return Plan(int(noted["n_updates"]), float(noted["seconds"]))
     if (folder / "checkpoint.safetensors").exists():
         raise InputError(f"{folder} holds a run with other arguments or other weights; choose another folder")
     return None
 
 
-def note(folder: Path, call: str, n_updates: int) -> None:
+def note(folder: Path, call: str, plan: Plan) -> None:
     """Write down for :func:`planned` what was chosen.
 
     Raises:
         DFKDError: the folder cannot be written to.
     """
-    write_json(folder / _PLAN, {"call": call, "n_updates": n_updates})
+    write_json(folder / _PLAN, {"call": call, "n_updates": plan.n_updates, "seconds": plan.seconds})
 
 
 def say(line: str, show: bool) -> None:
@@ -239,8 +262,8 @@ def memory(run: Run, players: Players, image_shape: Sequence[int], n_steps: int)
 
 def stored_images(run: Run, n_steps: int) -> int:
     """How many images a run holds at its end."""
-    if isinstance(run, OnPictures):
-        return len(run.images)
+    if isinstance(run, OnPictures | OnOtherPictures):
+        return 0 if run.images is None else len(run.images)
     if not isinstance(run, BankDistiller):
         return 0
     return min(int(run.settings.bank_size), n_steps * run.images_per_call)  # type: ignore[attr-defined]
@@ -297,7 +320,7 @@ def _kept(network: nn.Module, x: Tensor, runtime: Runtime) -> float:
     return float(sum(t.untyped_storage().nbytes() for t in held.values()))
 
 
-def _of_generator(run: DataFreeMethod) -> float:
+def _of_generator(run: DataFreeMethod | OnOtherPictures) -> float:
     """Bytes for one image; 0 without a generator, or for one whose noise is not plain to see."""
     generator = getattr(run, "generator", None)
     first = next((m for m in generator.modules() if isinstance(m, nn.Linear)), None) if generator is not None else None

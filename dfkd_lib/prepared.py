@@ -17,6 +17,7 @@ class Players:
     """Copies that normalise their images where that was asked for.
 
     Attributes:
+        dense: whether they name a class for every pixel.
         trained: the copy of the student in `student`, without what was put in front of it.
         hooks: what was hooked on them.
     """
@@ -25,6 +26,7 @@ class Players:
     student: nn.Module
     trained: nn.Module
     n_classes: int
+    dense: bool
     hooks: list[RemovableHandle]
     warnings: list[str]
 
@@ -45,6 +47,7 @@ def prepared(
     statistics: tuple[list[float], list[float]] | None,
     runtime: Runtime,
     asks_gradient: bool,
+    dense: bool = False,
 ) -> Players:
     """Players of a run, each call with a student of its own.
 
@@ -52,6 +55,7 @@ def prepared(
         image_shape: (C, H, W).
         statistics: mean and std per channel of images in [0, 1], or None if the networks expect these.
         asks_gradient: whether the teacher's gradient with respect to the image is needed.
+        dense: whether the method serves networks with logits for every pixel.
 
     Raises:
         InputError: see :mod:`dfkd_lib.checking`.
@@ -59,9 +63,15 @@ def prepared(
     trained = lending.copied(student, "student")
     lent, learning = (lending.normalizing(network, statistics) for network in (lending.borrowed(teacher), trained))
     lent, learning = freeze(runtime.prepare(lent)), runtime.prepare(learning)
-    n_classes = checking.common_classes(lent, learning, image_shape, runtime)
-    looks = checking.examine_teacher(lent, image_shape, runtime, gradient=asks_gradient)
-    learns = checking.examine_student(learning, image_shape, runtime)
+    lent, learning = (
+        lending.LogitsAlone(network).train(network.training)
+        if checking.returns_out(network, image_shape, runtime)
+        else network
+        for network in (lent, learning)
+    )
+    n_classes, *per_pixel = checking.common_shape(lent, learning, image_shape, runtime, dense=dense)
+    looks = checking.examine_teacher(lent, image_shape, runtime, gradient=asks_gradient, dense=dense)
+    learns = checking.examine_student(learning, image_shape, runtime, dense=dense)
     overwriting = [network for network, found in ((lent, looks), (learning, learns)) if found.overwrites]
     hooks = [lending.spare_input(network) for network in overwriting]
-    return Players(lent, learning, trained, n_classes, hooks, [*looks.warnings])
+    return Players(lent, learning, trained, n_classes, bool(per_pixel), hooks, [*looks.warnings])

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from . import lending
 from .distillers import UPDATES, needs_batch_norm
 from .distilling import Distilled
 from .files import write_text
-from .training.modes import still
+from .report_images import classified, mapped, named
 from .training.progress import clock
 
 LOW = 0.8  # agreement below which the page says what to try
-_PER_CLASS, _CLASSES, _LARGEST = 4, 12, 96  # images shown of a class, classes shown, pixels on the longer side
 _CURVES = 6
 
 _STYLE = """
@@ -54,7 +48,8 @@ def write_report(
     who = " to ".join(names) if names else "a teacher to a student"
     title = html.escape(f"{who}, by {asked['method']}")
     parts = [f"<h1>{title}</h1>", _headline(result), _told(result), _classes(result, class_names)]
-    parts += [_images(result, teacher, class_names), _curves(result)]
+    shown = mapped if "task" in asked else classified
+    parts += [shown(result, teacher, class_names), _curves(result)]
     spent = {
         "student updates": f"{budget.student_updates:,}",
         "images": f"{budget.images:,}",
@@ -83,6 +78,8 @@ def advice(result: Distilled) -> list[str]:
     """What to try next, a sentence each; empty if the figures ask for nothing."""
     asked = result.record["parameters"]
     method, settings = asked["method"], asked["settings"]
+    if "task" in asked:
+        return _advice_on_maps(result)
     tips = []
     if few_classes(result):
         tips.append(
@@ -96,6 +93,8 @@ def advice(result: Distilled) -> list[str]:
         )
         if method == "kd":
             tips.append("Give more pictures, or pictures more like those that the teacher was trained on.")
+        elif "images" in asked:
+            tips.append("Give more pictures, or try them alone, with method kd.")
         elif not needs_batch_norm(method):
             tips.append(
                 f"{method} asks the teacher's logits alone. If the teacher has batch norm, fast, nayer or cmi use its "
@@ -120,6 +119,18 @@ def advice(result: Distilled) -> list[str]:
     return tips
 
 
+def _advice_on_maps(result: Distilled) -> list[str]:
+    tips = []
+    if few_classes(result):
+        tips.append("The teacher names few of its classes on these images. Check mean and std, and the weights.")
+    if result.agreement < LOW / 2:
+        tips.append(
+            f"Train longer: this run took {result.budget.student_updates:,} updates. If pictures of any kind are at "
+            "hand, give them, or more of them (images)."
+        )
+    return tips
+
+
 def few_classes(result: Distilled) -> bool:
     """Whether the teacher names less than half of the classes that as many random draws would name."""
     n_classes, shown = result.record["parameters"]["num_classes"], sum(n for n, _ in _by_class(result).values())
@@ -135,19 +146,25 @@ def model_card(result: Distilled, *, names: Sequence[str] = (), files: Sequence[
     """
     asked, record = result.record["parameters"], result.record
     teacher, student = names or ("a trained classifier", "a smaller one")
-    on_pictures = "images" in asked
-    made_of = (
-        f"on {asked['images'].split(',')[0]} without their labels"
-        if on_pictures
-        else f"without any data: {result.budget.images:,} images were synthesised from the teacher"
-    )
-    seen = "held-back pictures" if on_pictures else "fresh synthetic images"
+    if asked["method"] == "kd":
+        made_of = f"on {asked['images'].split(',')[0]} without their labels"
+    elif "images" in asked:
+        made_of = (f"on {asked['images'].split(',')[0]} of other things and on {result.budget.images:,} images made of "
+                   "their patches")  # fmt: skip
+    else:
+        made_of = f"without any data: {result.budget.images:,} images were synthesised from the teacher"
+    seen, kind = _compared_on(result), "classifier"
+    agreed = f"It names the teacher's class on {result.agreement:.1%} of {seen}"
+    right = "On labelled test images it is right on {student:.1%}, the teacher on {teacher:.1%}."
+    if "task" in asked:
+        kind, agreed = "segmenter", f"Its maps have a mean IoU of {result.agreement:.1%} with the teacher's on {seen}"
+        right = "On labelled test images it has a mean IoU of {student:.1%}, the teacher {teacher:.1%}."
     shape = "x".join(map(str, asked["image_shape"]))
     normal = "as they are" if asked["mean"] is None else f"normalised with mean {asked['mean']} and std {asked['std']}"
     lines = [
         f"# {student}, distilled from {teacher}",
         "",
-        f"A classifier of {asked['num_classes']} classes for images {shape} in [0, 1], {normal}. It has "
+        f"A {kind} of {asked['num_classes']} classes for images {shape} in [0, 1], {normal}. It has "
         f"{record['networks']['student']:,} parameters, the teacher {record['networks']['teacher']:,}.",
         "",
         "## How it was made",
@@ -158,15 +175,10 @@ def model_card(result: Distilled, *, names: Sequence[str] = (), files: Sequence[
         "",
         "## How good it is",
         "",
-        f"It names the teacher's class on {result.agreement:.1%} of {seen}, where the teacher names "
-        f"{result.classes_named} of {asked['num_classes']} classes.",
+        f"{agreed}, where the teacher names {result.classes_named} of {asked['num_classes']} classes.",
     ]
     if result.accuracy:
-        lines += [
-            "",
-            f"On labelled test images it is right on {result.accuracy['student']:.1%}, the teacher on "
-            f"{result.accuracy['teacher']:.1%}.",
-        ]
+        lines += ["", right.format(**result.accuracy)]
     lines += ["", "## Limits", ""]
     if not result.accuracy:
         lines.append("- It was never tried on labelled images. Agreement is no accuracy: measure before you use it.")
@@ -186,24 +198,33 @@ def model_card(result: Distilled, *, names: Sequence[str] = (), files: Sequence[
 
 def _headline(result: Distilled) -> str:
     asked = result.record["parameters"]
-    seen = "held-back pictures" if "images" in asked else "fresh synthetic images"
+    agreed, right = ("mean IoU", "mean IoU") if "task" in asked else ("agreement", "accuracy")
     said = (
-        f'<p><span class="big">{result.agreement:.1%}</span> agreement with the teacher on {seen}, where the teacher '
-        f"names {result.classes_named} of {asked['num_classes']} classes.</p>"
+        f'<p><span class="big">{result.agreement:.1%}</span> {agreed} with the teacher on {_compared_on(result)}, '
+        f"where the teacher names {result.classes_named} of {asked['num_classes']} classes.</p>"
     )
     if result.accuracy:
         said += (
-            f'<p><span class="big">{result.accuracy["student"]:.1%}</span> accuracy on the test images; the teacher '
+            f'<p><span class="big">{result.accuracy["student"]:.1%}</span> {right} on the test images; the teacher '
             f"has {result.accuracy['teacher']:.1%}.</p>"
         )
     else:
-        said += "<p>No test images were given, and agreement is no accuracy: try the student before you use it.</p>"
+        said += (
+            f"<p>No test images were given, and {agreed} with the teacher says little of {right} on real ones: try the "
+            "student before you use it.</p>"
+            if "task" in asked
+            else "<p>No test images were given, and agreement is no accuracy: try the student before you use it.</p>"
+        )
     if "adv" in asked["settings"] or "k" in asked["settings"]:
         said += (
             "<p>This method looks for images on which the networks still differ: on others they agree more often.</p>"
         )
     teacher, student = result.record["networks"]["teacher"], result.record["networks"]["student"]
     return f"{said}<p>The student has {student:,} parameters, {teacher / max(1, student):.1f} times fewer.</p>"
+
+
+def _compared_on(result: Distilled) -> str:
+    return "held-back pictures" if result.record["parameters"]["method"] == "kd" else "fresh synthetic images"
 
 
 def _told(result: Distilled) -> str:
@@ -221,39 +242,11 @@ def _classes(result: Distilled, class_names: Sequence[str]) -> str:
     rows = []
     for c, (n, agreed) in sorted(_by_class(result).items(), key=lambda row: row[1][1] / row[1][0]):
         bar = f'<div class="track"><div class="bar" style="width:{100 * agreed / n:.0f}%"></div></div>'
-        rows.append(f'<tr><td>{_name(c, class_names)}</td><td class="n">{agreed} of {n}</td><td>{bar}</td></tr>')
+        rows.append(f'<tr><td>{named(c, class_names)}</td><td class="n">{agreed} of {n}</td><td>{bar}</td></tr>')
     return (
         "<h2>Agreement by class</h2><p>By the class that the teacher names, the worst first.</p>"
         f"<table>{''.join(rows)}</table>"
     )
-
-
-def _images(result: Distilled, teacher: nn.Module, class_names: Sequence[str]) -> str:
-    asked = result.record["parameters"]
-    opinions = _opinions(teacher, result.images, asked["mean"], asked["std"])
-    by_class: dict[int, list[str]] = {}
-    for image, p in zip(result.images, opinions, strict=True):
-        sure, order = p.sort(descending=True)
-        shown = by_class.setdefault(int(order[0]), [])
-        if len(shown) < _PER_CLASS:
-            says = [f"{_name(int(c), class_names)} {float(q):.0%}" for c, q in zip(order[:2], sure[:2], strict=True)]
-            alt = f"an image that the teacher takes for {says[0]}"
-            shown.append(f'<figure><img alt="{alt}" src="{_png(image)}">{"<br>".join(says)}</figure>')
-    kind = "Pictures" if "images" in asked else "Synthetic images"
-    text = f"<h2>{kind}, and what the teacher takes them for</h2>"
-    for c in sorted(by_class)[:_CLASSES]:
-        text += f'<p>{_name(c, class_names)}</p><div class="row">{"".join(by_class[c])}</div>'
-    rest = len(by_class) - _CLASSES
-    return text + (f"<p>{rest} more classes are not shown.</p>" if rest > 0 else "")
-
-
-def _opinions(teacher: nn.Module, images: Tensor, mean: Any, std: Any) -> Tensor:
-    """The teacher's probabilities [n, K], on the CPU."""
-    statistics = None if mean is None else (mean, std)
-    network = lending.normalizing(lending.borrowed(lending.bare(teacher)), statistics)
-    like: Tensor = next(teacher.parameters(), images)
-    with still(network.to(like.device)):
-        return network(images.to(like.device, like.dtype)).float().softmax(1).cpu()
 
 
 def _curves(result: Distilled) -> str:
@@ -288,23 +281,6 @@ def _svg(points: Sequence[tuple[float, float]]) -> str:
         f'<text x="{left}" y="{tall - 8}" {text}>{steps[0]:,.0f}</text>'
         f'<text x="{wide - 8}" y="{tall - 8}" text-anchor="end" {text}>{steps[-1]:,.0f}</text></svg>'
     )
-
-
-def _png(image: Tensor) -> str:
-    """A data address of [C, H, W] in [0, 1]; channels beyond the third are left out, two become one."""
-    from PIL import Image
-
-    channels = 3 if len(image) >= 3 else 1
-    pixels = image[:channels].mul(255).round().to(torch.uint8).permute(1, 2, 0).squeeze(-1).numpy()
-    picture = Image.fromarray(pixels)
-    picture.thumbnail((_LARGEST, _LARGEST))
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def _name(c: int, class_names: Sequence[str]) -> str:
-    return html.escape(class_names[c]) if c < len(class_names) else f"class {c}"
 
 
 def _table(rows: dict[str, str]) -> str:

@@ -21,7 +21,7 @@ from .checking import check_module, check_roles, examine_student, examine_teache
 from .data import ImageSet
 from .errors import InputError, unknown
 from .lending import bare, borrowed, copied, like
-from .methods import amalgamation, grafting
+from .methods import amalgamation, grafting, grafting_blocks
 from .methods.amalgamation import Amalgam, FeatureTerm, Tasks
 from .methods.grafting import NetGraft
 from .models import Normalize
@@ -66,8 +66,8 @@ def graft(
             number, or one per cut, and is 200 by default.
 
     Returns:
-        The merged student, a new network in eval mode: what :func:`dfkd_lib.methods.grafting.merge` gives, in the
-        type and on the device of the student.
+        The merged student, a new network in eval mode: what :func:`dfkd_lib.methods.grafting_blocks.merge` gives, in
+        the type and on the device of the student.
 
     Raises:
         InputError: something does not fit; the message names the network, the block or the setting.
@@ -98,15 +98,15 @@ def graft(
             for who, given in (("teacher", teacher), ("student", student))
         }
         blocks, stem = parts["teacher"], parts["teacher"][STEM]
-        scions = grafting.scions(blocks, parts["student"], x)
-        grafting.check_gradients(blocks, x)
+        scions = grafting_blocks.scions(blocks, parts["student"], x)
+        grafting_blocks.check_gradients(blocks, x)
         views = grafting.look(
             blocks | {STEM: nn.Sequential(normalize, stem)}, images, runtime, n_views=n_views, pad=pad, flip=flip
         )
         method = NetGraft(blocks, scions, views, chosen, runtime)
         fit(method, method.n_steps, name="grafting", progress=progress)
         model = next(nn.ModuleList([*student.values()] if isinstance(student, dict) else [student]).parameters())
-        return grafting.merge(stem, scions, views.inputs).to(model.device, model.dtype)
+        return grafting_blocks.merge(stem, scions, views.inputs).to(model.device, model.dtype)
 
 
 def amalgamate(

@@ -19,6 +19,7 @@ from .checking import check_module
 from .data import ImageSet
 from .errors import InputError, first_line, unknown
 from .lending import bare, borrowed, normalizing
+from .measures.ranking import precision_at
 from .methods import attribution, depara
 from .methods.depara import Graph
 from .runtime import Runtime, random_state_kept
@@ -67,6 +68,26 @@ class Transferability:
         row = self.affinity[self.names.index(target)]
         others = [(name, float(s)) for name, s in zip(self.names, row, strict=True) if name != target]
         return sorted(others, key=lambda pair: -pair[1])
+
+    def precision(self, useful: Mapping[str, Sequence[str]]) -> list[float]:
+        """P@K for K = 1, ..., N - 1: the share of useful sources among the K that are ranked first, mean over targets.
+
+        Args:
+            useful: {target: sources known to be useful to it}, such as `dfkd_lib.data.taskonomy.BEST_SOURCES`; all of
+                them among the networks.
+
+        Raises:
+            InputError: no targets, or a name that no network has.
+        """
+        if not useful:
+            raise InputError("useful is empty; give at least one target with its useful sources")
+        for name in (n for target, sources in useful.items() for n in (target, *sources)):
+            if name not in self.graphs:
+                raise unknown("network in useful", name, self.graphs)
+        own = [self.names.index(target) for target in useful]
+        relevant = [[self.names.index(name) for name in sources] for sources in useful.values()]
+        found: list[float] = precision_at(self.affinity[own], relevant, own).tolist()
+        return found
 
     def with_model(
         self,

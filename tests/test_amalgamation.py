@@ -445,6 +445,18 @@ def test_only_the_wanted_outputs_decide_which_source_is_surest(float32: Runtime)
     assert customised.select(sources[::-1], images(6), float32).tolist() == [0] * 6
 
 
+def test_a_target_wider_than_its_sources() -> None:
+    source, x = network(3, width=8).double(), x64()
+    target = customised.widened(source, 9 / 8, x)
+    assert [f.shape[1] for f in chains.chain(target, x).features(x)] == [9, 9, 3]
+    assert target(x).shape == source(x).shape == (4, 3)
+    assert [name for name, _ in target.named_modules()] == [name for name, _ in source.named_modules()]
+    assert [f.shape[1] for f in chains.chain(source, x).features(x)] == [8, 8, 3]
+    grouped = nn.Sequential(nn.Conv2d(2, 4, 1, groups=2), nn.Flatten(), nn.Linear(64, 3))
+    with pytest.raises(InputError, match="2 groups"):
+        customised.widened(grouped, 2, torch.rand(1, 2, 4, 4))
+
+
 def test_the_norm_penalty_and_the_trivial_solution() -> None:
     bridge = nn.Conv2d(4, 2, 1)
     with torch.no_grad():

@@ -419,3 +419,36 @@ def test_a_few_steps_make_the_teacher_sure_and_the_student_learn(float32):
     after = agreement(networks.predictions(student, test, float32), truth)
     assert after > before + 0.1
     assert F.one_hot(truth).shape[1] == 10
+
+
+@pytest.mark.parametrize("kind", [ASDFD, RandomText, ModifiedZSKT])
+def test_a_pool_shares_out_the_same_lengths_and_pads_less(float32, kind):
+    pooled = replace(SMALL, pool=4, batch_size=8, min_length=3)
+    made = method(float32, pooled, kind=kind)
+    lengths, widths = [], []
+    for made.steps in range(4):
+        sentences, _ = made.construct()
+        lengths += sentences.mask.sum(1).tolist()
+        widths.append(sentences.e.shape[1])
+        assert widths[-1] == max(lengths[-8:]) and sentences.free.sum(1).tolist() == [n - 2 for n in lengths[-8:]]
+    assert len(set(widths)) > 1 and set(lengths) <= set(range(3, 13)) and len(set(lengths)) > 6
+    again = method(float32, pooled, kind=kind)
+    again.steps = 3  # as after a checkpoint
+    assert again.sample_frame().mask.sum(1).tolist() == lengths[-8:]
+    with pytest.raises(InputError, match="pool"):
+        replace(SMALL, pool=0)
+
+
+def test_a_batch_that_ends_with_its_longest_is_the_same_batch(float32):
+    made = method(float32)
+    lengths = torch.tensor([5, 7])
+    short, long = made.frame(lengths, 7), made.frame(lengths)
+    rows = torch.randn_like(long.e)
+    logits = [look(made.teacher, s.with_rows(rows[:, : s.e.shape[1]]))[0] for s in (short, long)]
+    assert torch.allclose(*logits, atol=1e-6)
+
+
+def test_random_words_learn_the_self_supervised_loss_as_well(float32):
+    made = method(float32, kind=RandomText)
+    assert "self-supervised" in made.step()
+    assert "self-supervised" not in method(float32, replace(SMALL, lambda_ss=0.0), kind=RandomText).step()

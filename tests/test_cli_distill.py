@@ -176,7 +176,7 @@ def test_a_warm_up_is_counted() -> None:
     way = planning.Way("fast", "digits", (1, 8, 8), {"warmup": 20, "kd_steps": 2, "g_steps": 1, "ngf": 4})
     assert way.settings(None).warmup == 20
     teacher, runtime = settled().eval(), Runtime.choose("cpu", "float32")
-    players = planning.Players(teacher, settled(1, width=4), settled(1, width=4), 5, [], [])
+    players = planning.Players(teacher, settled(1, width=4), settled(1, width=4), 5, False, [], [])
     seconds = iter([1.0] * 2 + [3.0] * 100)
     with pytest.MonkeyPatch.context() as patch:
         now = Watch()
@@ -188,7 +188,7 @@ def test_a_warm_up_is_counted() -> None:
 
         patch.setattr(planning, "clock", now)
         patch.setattr(planning, "_timed", timed)
-        n = planning.updates_within(600.0, way, lambda: players, runtime, None)
+        n = planning.updates_within(600.0, way, lambda: players, runtime, None).n_updates
     trial = 2 * 1.0 + 10 * 3.0  # up to the twentieth part of the time
     assert abs(n / 2 - (600 - trial - 3 - 20) / 3) <= 3
 

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations, prune
 from torchvision.ops import FrozenBatchNorm2d
 
 import dfkd_lib
-from dfkd_lib import checking, distilling, lending, records
+from dfkd_lib import checking, distilling, judging, lending, records
 from dfkd_lib.errors import DFKDError, InputError
 from dfkd_lib.runtime import Runtime
 
@@ -278,8 +278,8 @@ def test_a_teacher_that_names_few_classes_is_told():
 
 
 def test_how_many_classes_chance_would_name():
-    assert distilling._expected_classes(10, 256) == pytest.approx(10, abs=1e-6)
-    assert distilling._expected_classes(2, 1) == 1
+    assert judging.expected_classes(10, 256) == pytest.approx(10, abs=1e-6)
+    assert judging.expected_classes(2, 1) == 1
 
 
 # --- students -----------------------------------------------------------------------------------------------------

@@ -15,9 +15,11 @@ from dfkd_lib import data, graft, models
 from dfkd_lib.data import ImageSet
 from dfkd_lib.errors import InputError
 from dfkd_lib.measures.evaluation import accuracy
-from dfkd_lib.methods import grafting
-from dfkd_lib.methods.grafting import NetGraft, Scion, Settings, Views
+from dfkd_lib.methods import grafting, grafting_blocks
+from dfkd_lib.methods.grafting import NetGraft, Settings, Views
 from dfkd_lib.methods.grafting_baselines import OBJECTIVES, Whole, WholeSettings
+from dfkd_lib.methods.grafting_blocks import Scion
+from dfkd_lib.methods.grafting_fskd import aligned, cut_out, fskd
 from dfkd_lib.models import adapters, chains
 from dfkd_lib.models.chains import STEM, Blocks
 from dfkd_lib.runtime import Runtime
@@ -49,7 +51,7 @@ def pair(runtime: Runtime, seed: int = 0) -> tuple[Blocks, list[Scion], Views]:
     torch.manual_seed(seed)
     x = torch.rand(2, 1, 8, 8, dtype=runtime.dtype)
     teacher = chains.cut(shaken(runtime.prepare(network("netgraft_digits"))).eval(), CUTS, x)
-    scions = grafting.scions(teacher, chains.cut(runtime.prepare(network("netgraft_digits_half")), CUTS, x), x)
+    scions = grafting_blocks.scions(teacher, chains.cut(runtime.prepare(network("netgraft_digits_half")), CUTS, x), x)
     return teacher, scions, grafting.look(teacher, images(), runtime, n_views=24, pad=1)
 
 
@@ -119,7 +121,7 @@ def test_looking_at_shapes_leaves_every_mode_alone(float32):
     teacher, student = network("resnet18").eval(), network("resnet18_half")
     before = copy.deepcopy(teacher.state_dict())
     cuts = [CUTS[0], CUTS[2]]
-    grafting.scions(chains.cut(teacher, cuts, x), chains.cut(student, cuts, x), x)
+    grafting_blocks.scions(chains.cut(teacher, cuts, x), chains.cut(student, cuts, x), x)
     assert not any(module.training for module in teacher.modules())
     assert all(module.training for module in student.modules())
     assert same(before, teacher.state_dict())
@@ -238,6 +240,79 @@ def test_baselines_learn(float32, objective):
     assert not same(before, whole.scions.state_dict())
 
 
+def test_alignment_is_the_least_squares_solution(float64):
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 3, 4, 2, dtype=torch.float64), torch.randn(5, 3, 4, 2, dtype=torch.float64)
+    a, b = (f.permute(0, 2, 3, 1).reshape(-1, 3) for f in (x, y))
+    by_hand = torch.linalg.lstsq(torch.cat([a, torch.ones_like(a[:, :1])], 1), b).solution
+    q, offset = aligned(x, y, ridge=0.0)
+    assert torch.allclose(q, by_hand[:-1].T) and torch.allclose(offset, by_hand[-1])
+    a, b = a - a.mean(0), b - b.mean(0)
+    held = 0.3 * a.square().mean() * len(a) * torch.eye(3, dtype=torch.float64)
+    assert torch.allclose(aligned(x, y, ridge=0.3)[0].T, torch.linalg.inv(a.T @ a + held) @ (a.T @ b + held))
+    assert torch.allclose(aligned(x, y, ridge=1e9)[0], torch.eye(3, dtype=torch.float64), atol=1e-6)
+    assert torch.allclose(aligned(x, x)[0], torch.eye(3, dtype=torch.float64))
+
+
+def tiny_blocks(width: int, seed: int, norm: bool = False) -> Blocks:
+    torch.manual_seed(seed)
+    norms = [nn.BatchNorm2d(width)] if norm else []
+    net = nn.Sequential(
+        nn.Conv2d(2, width, 3, padding=1), *norms, nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(4 * width, 3)
+    )
+    at = 3 + len(norms)
+    return {STEM: nn.Conv2d(1, 2, 1), "a": net[:at], "b": net[at:]}
+
+
+def test_fskd_mends_each_block_by_least_squares(float64):
+    teacher = {name: shaken(block.double()).eval() for name, block in tiny_blocks(6, 0, norm=True).items()}
+    x = torch.rand(2, 1, 4, 4, dtype=torch.float64)
+    scions = grafting_blocks.scions(teacher, {n: b.double() for n, b in tiny_blocks(4, 1).items()}, x)
+    views = grafting.look(teacher, images(30, side=4), float64)
+    before = copy.deepcopy(nn.ModuleList(scions).state_dict())
+    made = fskd(teacher, scions, views, float64, ridge=0.0)
+    assert same(before, nn.ModuleList(scions).state_dict())
+
+    conv, norm = teacher["a"][0], teacher["a"][1]
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    weight = conv.weight * scale.view(-1, 1, 1, 1)
+    kept = sorted(weight.abs().sum((1, 2, 3)).topk(4).indices.tolist())
+    bare = F.conv2d(views.inputs, weight[kept], padding=1)
+    wanted = teacher["a"][:2](views.inputs)[:, kept]
+    assert torch.allclose(made.features(views.inputs)[0], fitted_by_hand(bare, wanted))
+    read = nn.Sequential(nn.ReLU(), nn.MaxPool2d(2), nn.Flatten())(made.features(views.inputs)[0])
+    columns = [4 * k + i for k in kept for i in range(4)]
+    head = teacher["b"][1]
+    assert torch.allclose(made(views.inputs), fitted_by_hand(read @ head.weight[:, columns].T, views.logits))
+
+
+def fitted_by_hand(x: Tensor, y: Tensor) -> Tensor:
+    a, b = (f.detach().movedim(1, -1).flatten(0, -2) for f in (x, y))
+    a = torch.cat([a, torch.ones_like(a[:, :1])], 1)
+    return (a @ torch.linalg.lstsq(a, b).solution).unflatten(0, x.movedim(1, -1).shape[:-1]).movedim(-1, 1)
+
+
+def test_a_student_of_the_teachers_widths_is_the_teacher(float64):
+    teacher = {name: shaken(block.double()).eval() for name, block in tiny_blocks(6, 0, norm=True).items()}
+    x = torch.rand(2, 1, 4, 4, dtype=torch.float64)
+    scions = grafting_blocks.scions(teacher, {n: b.double() for n, b in tiny_blocks(6, 1).items()}, x)
+    views = grafting.look(teacher, images(20, side=4), float64)
+    assert torch.allclose(fskd(teacher, scions, views, float64)(views.inputs), views.logits)
+
+
+def test_what_cannot_be_cut_out_of_the_teacher_is_refused(float32):
+    x = torch.rand(2, 2, 4, 4)
+    theirs, normed, other = (
+        chains.chain(nn.Sequential(*[*blocks.values()][1:]).eval(), x)
+        for blocks in (tiny_blocks(6, 0), tiny_blocks(4, 1, norm=True), tiny_blocks(8, 1))
+    )
+    for ours in (normed, other):
+        with pytest.raises(InputError, match=r"layer '0.0' cannot be cut out"):
+            cut_out(theirs, ours, 2)
+    with pytest.raises(InputError, match="2 layers and the student 1"):
+        cut_out(theirs, chains.chain(nn.Sequential(nn.Flatten(), nn.Linear(32, 3)), x), 2)
+
+
 def test_two_adapters_compose_to_one_of_low_rank(float64):
     torch.manual_seed(0)
     out, into = (shaken(adapters.adapter(*sizes, 4).double()) for sizes in ((3, 8), (8, 5)))
@@ -281,11 +356,11 @@ def test_the_merged_student_has_no_adapter_and_the_same_outputs(float32, names):
     cuts = [f"network.stages.{i}" for i in ((1, 2) if "digits" in names[0] else (1, 2, 3))] + ["network.pool"]
     x = torch.rand(4, 1, 8, 8)
     teacher = chains.cut(shaken(network(names[0])).eval(), cuts, x)
-    scions = grafting.scions(teacher, chains.cut(network(names[1]), cuts, x), x)
+    scions = grafting_blocks.scions(teacher, chains.cut(network(names[1]), cuts, x), x)
     for scion in scions:
         shaken(scion).eval()
     unmerged = nn.Sequential(teacher[STEM], *scions)
-    merged = grafting.merge(teacher[STEM], scions, teacher[STEM](x))
+    merged = grafting_blocks.merge(teacher[STEM], scions, teacher[STEM](x))
     with torch.no_grad():
         expected, ours = unmerged(x), merged(x)
     assert (expected - ours).abs().max() <= 1e-5 * expected.abs().max()
@@ -337,7 +412,7 @@ def test_what_does_not_fit_is_refused_by_the_name_of_the_block(float32):
     x = torch.rand(2, 1, 8, 8)
 
     def scions(teacher: nn.Module, student: nn.Module, at: list[str], at_student: list[str] | None = None) -> None:
-        grafting.scions(chains.cut(teacher, at, x), chains.cut(student, at_student or at, x), x)
+        grafting_blocks.scions(chains.cut(teacher, at, x), chains.cut(student, at_student or at, x), x)
 
     with pytest.raises(InputError, match=r"block 'body.3': its output is 8x4x4 .* 4x2x2 .* equal resolutions"):
         scions(Theirs(8), Theirs(4, nn.MaxPool2d(2)), ["body.3", "head"])
@@ -377,10 +452,10 @@ def test_grafting_few_digits_teaches_the_student(float32):
     x = few.batch(range(2))[0]
     blocks = chains.cut(teacher.eval(), CUTS, x)
     views = grafting.look(blocks, few, float32, n_views=512, pad=1, flip=False)
-    scions = grafting.scions(blocks, chains.cut(network("netgraft_digits_half"), CUTS, x), x)
+    scions = grafting_blocks.scions(blocks, chains.cut(network("netgraft_digits_half"), CUTS, x), x)
     graft = NetGraft(blocks, scions, views, settings, float32)
     first = float(graft.step()["loss"])
     fit(graft, graft.n_steps - 1, name="digits", progress=False)
     z = chains.through(graft.scions, views.inputs).detach()
     assert float(grafting.distance(z, views.logits)) / 512 < first / 2
-    assert accuracy(grafting.merge(blocks[STEM], scions, views.inputs), test, float32) > 0.6
+    assert accuracy(grafting_blocks.merge(blocks[STEM], scions, views.inputs), test, float32) > 0.6

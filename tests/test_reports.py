@@ -114,7 +114,7 @@ def test_the_card_says_from_what_how_and_with_what_limits(result: Distilled) -> 
     assert "without any data" in card and f"{result.agreement:.1%} of fresh synthetic images" in card
     assert f"the teacher on {result.accuracy['teacher']:.1%}" in card and "never tried" not in card
     assert "never tried on labelled images" in model_card(changed(result, accuracy={}))
-    on_pictures = {"parameters": result.record["parameters"] | {"images": "40 pictures, abc"}}
+    on_pictures = {"parameters": result.record["parameters"] | {"method": "kd", "images": "40 pictures, abc"}}
     assert "on 40 pictures without their labels" in model_card(changed(result, on_pictures))
 
 

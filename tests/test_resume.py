@@ -17,7 +17,15 @@ from torch import Tensor, nn
 
 from dfkd_lib import distillers, models, teachers
 from dfkd_lib.data import ImageSet, load, text
-from dfkd_lib.methods import comprehensive, customised, fast, feature_amalgamation, grafting, impression
+from dfkd_lib.methods import (
+    comprehensive,
+    customised,
+    fast,
+    feature_amalgamation,
+    grafting,
+    grafting_blocks,
+    impression,
+)
 from dfkd_lib.methods.amalgamation import Amalgam, Tasks
 from dfkd_lib.methods.amalgamation import Settings as Amalgamation
 from dfkd_lib.methods.as_dfd import ASDFD
@@ -117,7 +125,7 @@ def grafted(objective: str, runtime: Runtime) -> Method:
     x = runtime.images(torch.rand(2, *SHAPE))
     teacher = chains.cut(runtime.prepare(network()), ["4", "9"], x)
     student = chains.cut(runtime.prepare(network(width=4, seed=1)), ["4", "9"], x)
-    scions = grafting.scions(teacher, student, x)
+    scions = grafting_blocks.scions(teacher, student, x)
     views = grafting.look(teacher, images(), runtime, pad=1)
     if objective:
         return Whole(teacher, scions, views, WholeSettings(objective, n_steps=6, batch_size=8), runtime)

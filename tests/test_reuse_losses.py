@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from dfkd_lib.data import ImageSet
-from dfkd_lib.methods import comprehensive, customised, grafting
+from dfkd_lib.methods import comprehensive, customised, grafting, grafting_blocks
 from dfkd_lib.methods import feature_amalgamation as fa
 from dfkd_lib.methods.amalgamation import Amalgam, Settings, Tasks
 from dfkd_lib.methods.common_features import CommonSpace
 from dfkd_lib.methods.comprehensive import Joint, Layerwise
 from dfkd_lib.methods.customised import Adaptive, Source
-from dfkd_lib.methods.grafting import NetGraft, Scion, Views
+from dfkd_lib.methods.grafting import NetGraft, Views
 from dfkd_lib.methods.grafting_baselines import OBJECTIVES, Whole, WholeSettings
+from dfkd_lib.methods.grafting_blocks import Scion
 from dfkd_lib.models import chains
 from dfkd_lib.models.chains import STEM
 from dfkd_lib.runtime import Runtime
@@ -294,7 +295,7 @@ GRAFTING = grafting.Settings(
 def grafted(runtime: Runtime, normalise: bool) -> NetGraft:
     teacher = blocks(5, 6, 0)
     x = torch.rand(2, 1, 6, 6, dtype=torch.float64)
-    scions = grafting.scions(teacher, blocks(5, 3, 1), x)
+    scions = grafting_blocks.scions(teacher, blocks(5, 3, 1), x)
     views = grafting.look(teacher, images(), runtime, n_views=36, pad=1)
     return NetGraft(teacher, scions, views, replace(GRAFTING, normalise=normalise), runtime)
 
@@ -364,7 +365,7 @@ def test_views_are_the_images_shifted_and_mirrored_as_asked(pad: int, flip: bool
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_baselines_descend_on_their_objective(objective: str, float64: Runtime) -> None:
     teacher = blocks(5, 6, 0)
-    scions = grafting.scions(teacher, blocks(5, 3, 1), torch.rand(2, 1, 6, 6, dtype=torch.float64))
+    scions = grafting_blocks.scions(teacher, blocks(5, 3, 1), torch.rand(2, 1, 6, 6, dtype=torch.float64))
     views: Views = grafting.look(teacher, images(), float64, n_views=36, pad=1)
     settings = WholeSettings(objective, n_steps=4, batch_size=B, lr=2e-3, temperature=3.0)
     method = Whole(teacher, scions, views, settings, float64)
@@ -395,5 +396,7 @@ def test_baselines_descend_on_their_objective(objective: str, float64: Runtime) 
 
 
 def test_scions_have_adapters_on_both_sides() -> None:
-    made: list[Scion] = grafting.scions(blocks(5, 6, 0), blocks(5, 3, 1), torch.rand(2, 1, 6, 6, dtype=torch.float64))
+    made: list[Scion] = grafting_blocks.scions(
+        blocks(5, 6, 0), blocks(5, 3, 1), torch.rand(2, 1, 6, 6, dtype=torch.float64)
+    )
     assert [(s.a_in is None, s.a_out is None) for s in made] == [(True, False), (False, False), (False, True)]

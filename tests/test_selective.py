@@ -21,6 +21,7 @@ from dfkd_lib.measures.zero_shot import (
     coverage_at_risk,
     excess_aurc,
     oracle_aurc,
+    paired,
     risk_at_coverage,
     risk_coverage,
 )
@@ -105,6 +106,14 @@ def test_risk_and_coverage_answer_each_other() -> None:
         risk_coverage(torch.tensor([math.nan]), torch.tensor([True]))
     with pytest.raises(InputError, match="one error per confidence"):
         risk_coverage(torch.zeros(2), torch.tensor([True]))
+
+
+def test_paired_differences_leave_out_what_pairs_share() -> None:
+    mean, spread, won = paired([0.5, 0.9, 0.1], [0.4, 0.7, 0.1])
+    assert mean == pytest.approx(0.1) and spread == pytest.approx(0.1) and won == 2
+    assert math.isnan(paired([1.0], [0.0])[1])
+    with pytest.raises(InputError, match="no pairs"):
+        paired([1.0], [])
 
 
 def test_confidences_by_hand() -> None:

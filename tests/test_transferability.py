@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torchvision
 from conftest import settled
+from PIL import Image
 from torch import Tensor, nn
 
 import dfkd_lib
 from dfkd_lib import select_layer, transferability
-from dfkd_lib.data import ImageSet
+from dfkd_lib.data import ImageSet, load, taskonomy
 from dfkd_lib.errors import InputError
 from dfkd_lib.models import Normalize
 from dfkd_lib.runtime import Runtime
@@ -50,6 +53,32 @@ def test_a_matrix_and_a_ranking() -> None:
     assert torch.equal(found.affinity, found.affinity.T) and (found.affinity.abs() <= 1).all()
     assert found.ranking("a")[0] == ("again", 1.0)
     assert [name for name, _ in found.ranking("b")] in (["a", "again"], ["again", "a"])
+
+
+def test_a_ranking_against_lists_of_useful_sources() -> None:
+    found = compared({"a": settled(0), "b": settled(1), "again": settled(0)})
+    assert found.precision({"a": ["again"]}) == [1.0, 0.5] and found.precision({"a": ["b"]}) == [0.0, 0.5]
+    assert found.precision({"a": ["again"], "again": ["b"]}) == [0.5, 0.5]
+    with pytest.raises(InputError, match="unknown network in useful 'c'"):
+        found.precision({"a": ["c"]})
+    with pytest.raises(InputError, match="useful is empty"):
+        found.precision({})
+
+
+def test_networks_named_as_taskonomys_are_compared_with_its_lists(tmp_path: Path) -> None:
+    for i, image in enumerate(images(6, 3, 16)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{i}.png")
+    probes = load(f"folder:{tmp_path}", "test", image_size=8)
+    networks = {}
+    for i, name in enumerate(taskonomy.TASKS):
+        torch.manual_seed(i)
+        encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+        networks[name] = nn.Sequential(OrderedDict(encoder=encoder, z=nn.Identity()))
+    half = [0.5] * 3
+    found = compared(networks, probes, at="z", mean=half, std=half).precision(taskonomy.BEST_SOURCES)
+    assert len(found) == 19 and found[-1] == pytest.approx(5 / 19)
+    assert len(taskonomy.TASKS) == 20 and all(len(set(best)) == 5 for best in taskonomy.BEST_SOURCES.values())
+    assert all(target not in best for target, best in taskonomy.BEST_SOURCES.items())
 
 
 def test_edges_are_added_by_their_weight() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from scipy.io import savemat
 
 from dfkd_lib.data import ImageSet
 from dfkd_lib.data.attributes import (
-    AWA2_TARGETS,
+    animal_split,
     awa2_attributes,
     cifar100_animals,
     cifar100_attributes,
@@ -25,8 +26,8 @@ from dfkd_lib.data.attributes import (
 )
 from dfkd_lib.data.patch_features import fit_patch_features, patch_features
 from dfkd_lib.errors import DamagedFile, DataUnavailable, InputError
-from dfkd_lib.methods.qfsl import QuasiFullySupervised, Settings, train
-from dfkd_lib.methods.zero_shot_tasks import digit_tasks, package_tasks
+from dfkd_lib.methods.qfsl import QuasiFullySupervised, Settings, pseudo_unseen, train
+from dfkd_lib.methods.zero_shot_tasks import choose_scaling, digit_tasks, package_tasks
 from dfkd_lib.runtime import Runtime
 
 
@@ -84,6 +85,14 @@ def test_sibling_splits_take_each_class_once() -> None:
         sibling_split(5)
 
 
+def test_animal_splits_take_each_animal_once() -> None:
+    assert animal_split(0) == ("beaver", "tiger", "cattle", "mouse")
+    taken = [name for k in range(5) for name in animal_split(k)]
+    assert len(taken) == 20 and tuple(sorted(taken)) == cifar100_animals("animals60").classes
+    with pytest.raises(InputError, match="five splits"):
+        animal_split(5)
+
+
 def test_digits_have_designed_attributes() -> None:
     table = digit_attributes()
     assert table.values.shape == (10, 77) and len(table.names) == 77
@@ -120,7 +129,10 @@ def test_awa2_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert table.values[3].tolist() == [3.5, 97.0, 0.0], "a missing rating is 0"
     animals = cifar100_animals()
     assert len(animals.classes) == 20 and set(animals.classes) <= set(cifar100_attributes().classes)
-    assert set(AWA2_TARGETS) <= set(animals.classes)
+    by_hand = cifar100_animals("animals60")
+    assert by_hand.classes == animals.classes and by_hand.values.shape == (20, 60)
+    with pytest.raises(InputError, match="hand60"):
+        cifar100_animals("hand60")
     assert animals.values[animals.classes.index("whale"), 0] == pytest.approx(18.5), "the mean of three"
     assert animals.values[animals.classes.index("tiger"), 0] == 6.5
 
@@ -246,6 +258,34 @@ def test_a_pool_of_a_given_make_up() -> None:
     strangers = ~mixed.target[mixed.pool_labels]
     assert (int((~strangers).sum()), int(strangers.sum())) == (60, 40)
     assert rows_of(mixed.pool[strangers]) <= rows_of(task.source)
+
+
+def test_equalised_features_have_like_deviations_and_the_scale_of_before() -> None:
+    task = digit_tasks(1, "all")[0]
+    assert task.equalised(0.0) is task
+    varied = task.source.std(0) > 0.01
+    spreads = [task.equalised(power).source[:, varied].std(0) for power in (0.0, 0.5, 1.0)]
+    assert float(spreads[2].max() / spreads[2].min()) == pytest.approx(1, abs=1e-3)
+    assert [float(s.log().std()) for s in spreads] == sorted((float(s.log().std()) for s in spreads), reverse=True)
+    halfway = task.equalised(0.5)
+    assert float(halfway.source.square().mean()) == pytest.approx(1, rel=1e-4)
+    ratio = task.test_unseen[:, varied] / task.source[:, varied].std(0).sqrt() / halfway.test_unseen[:, varied]
+    assert float(ratio.nanmean()) == pytest.approx(float(ratio.nanmedian()), rel=1e-3), "one factor for all"
+
+
+def test_the_scaling_is_chosen_without_pool_and_test_images() -> None:
+    task = digit_tasks(1, "all")[0]
+    phi = task.attributes.signatures()[~task.target]
+    folds = list(pseudo_unseen(task.seen_labels, 2, 1, 0))
+    settings = Settings(lam=1.0, n_steps=40, batch_size=64, lr=0.01, dropout=0.0)
+    runtime = Runtime(torch.device("cpu"))
+    nothing = torch.full_like(task.pool, torch.nan)
+    blind = replace(task, pool=nothing, test_unseen=nothing, test_seen=nothing, test_unseen_labels=task.pool_labels)
+    found = [choose_scaling(t, phi, folds, (0.0, 1.0), (2.0, 8.0), settings, runtime) for t in (task, blind)]
+    assert found[0] == found[1]
+    (pair, means) = found[0]
+    assert len(means) == 4 and means[pair] == max(means.values())
+    assert choose_scaling(task, phi, [], (0.5,), (3.0,), settings, runtime) == ((0.5, 3.0), {})
 
 
 def test_a_package_becomes_two_tasks(tmp_path: Path) -> None:

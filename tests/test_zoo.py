@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import same, snapshot, stream
@@ -12,12 +13,29 @@ from torch import Tensor, nn
 
 from dfkd_lib import data
 from dfkd_lib.data import ImageSet
-from dfkd_lib.errors import DamagedFile, InputError
+from dfkd_lib.data.attributes import superclasses
+from dfkd_lib.errors import DamagedFile, DataUnavailable, InputError
+from dfkd_lib.locations import data_root
 from dfkd_lib.measures import ranking
 from dfkd_lib.methods import attribution, depara, depara_layers, zoo
 from dfkd_lib.methods.depara_layers import PrefixTransfer, font_digits, layered, sketches
 from dfkd_lib.methods.zoo import Readout, Sources, Training, member, read_out, transfers
-from dfkd_lib.methods.zoo_tasks import CLASSES, IMAGE, Heads, harris, moments, sobel, tasks, without_centre
+from dfkd_lib.methods.zoo_tasks import (
+    CLASSES,
+    COLOURS,
+    IMAGE,
+    PIXELS,
+    Grey,
+    Heads,
+    Task,
+    colour_clusters,
+    harris,
+    moments,
+    opponents,
+    sobel,
+    tasks,
+    without_centre,
+)  # fmt: skip
 from dfkd_lib.reproduction import papers
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.training.fit import fit
@@ -43,6 +61,8 @@ def test_every_task_makes_what_it_says(dataset: str, channels: int, side: int) -
         assert given.shape == x.shape and torch.equal(given, again), task.name
         if task.kind == CLASSES:
             assert target.shape == (5,) and target.dtype == torch.int64 and target.max() < task.n_outputs
+        elif task.kind == PIXELS:
+            assert target.shape == (5, side, side) and target.dtype == torch.int64 and target.max() < task.n_outputs
         else:
             assert target.shape == ((5, task.n_outputs, side, side) if task.kind == IMAGE else (5, task.n_outputs))
     assert torch.equal(x, batch(channels, side)[0]), "images are left as they are"
@@ -63,6 +83,22 @@ def test_targets_by_hand() -> None:
     assert without_centre(torch.ones(1, 1, 8, 8)).sum() == 64 - 16
 
 
+def test_targets_of_colours_by_hand() -> None:
+    colours = torch.tensor(COLOURS).T[None, :, None].expand(2, 3, 5, 4)
+    assert torch.equal(colour_clusters(colours + 0.01), torch.arange(4).expand(2, 5, 4))
+    yellow, green, grey = (torch.tensor(c)[None, :, None, None] for c in ([1.0, 1, 0], [0.0, 1, 0], [0.4, 0.4, 0.4]))
+    assert [opponents(c).flatten().tolist() for c in (yellow, green, grey)] == [[0, 1], [-1, 0.5], [0, 0]]
+    assert torch.allclose(Grey()(green), torch.full((1, 3, 1, 1), 0.587))
+
+
+def test_classes_of_cifar100_are_its_superclasses() -> None:
+    task = tasks("cifar10", 3)["class-coarse"]
+    names = sorted(name for members in superclasses().values() for name in members)
+    _, coarse = task.make(torch.zeros(100, 3, 1, 1), torch.arange(100), stream())
+    for name, group in zip(names, coarse.tolist(), strict=True):
+        assert name in list(superclasses().values())[group]
+
+
 def test_what_was_done_to_an_image_can_be_undone() -> None:
     x, y = batch()
     known = tasks("digits", 1)
@@ -77,11 +113,16 @@ def test_what_was_done_to_an_image_can_be_undone() -> None:
 def test_heads_side_by_side_learn_as_each_would_alone(float32: Runtime) -> None:
     images, test = digits(), digits(40)
     networks = {name: member(name, digits(80), QUICK, float32)[0] for name in ("rotation", zoo.RANDOM)}
+
+    def scores(task: Task, of: dict[str, nn.Module]) -> Tensor:
+        sources = Sources(of, float32)
+        tested = sources.see(test, 0, len(test), task, stream())
+        return read_out(sources, task, images, tested, SHORT, float32)[0]
+
     for name in ("class-all", "autoencoder"):
         task = tasks("digits", 1)[name]
-        together, _ = read_out(Sources(networks, float32), task, images, test, SHORT, float32)
-        alone = [read_out(Sources({n: e}, float32), task, images, test, SHORT, float32)[0] for n, e in networks.items()]
-        assert torch.allclose(together, torch.cat(alone), atol=1e-3)
+        alone = [scores(task, {n: e}) for n, e in networks.items()]
+        assert torch.allclose(scores(task, networks), torch.cat(alone), atol=1e-3)
 
 
 def test_images_as_they_are_are_seen_once_and_altered_ones_each_time(float32: Runtime) -> None:
@@ -167,6 +208,41 @@ def test_transfers_are_measured_once_on_other_labels_each(float32: Runtime) -> N
         transfers(networks, ["class-all"], pool.take(50), test, SHORT, float32)
     with pytest.raises(InputError, match="unknown task 'colour'"):
         transfers(networks, ["colour"], pool, test, SHORT, float32)
+
+
+def cifar(name: str, n_classes: int, n: int = 80) -> ImageSet:
+    """Coloured noise on disk where the reader of CIFAR looks; the images that come first in `train`."""
+    folder, random = data_root() / name, np.random.RandomState(n_classes)
+    folder.mkdir(parents=True)
+    for split in ("train", "test"):
+        np.savez(
+            folder / f"{split}.npz", images=random.randint(0, 256, (n, 32, 32, 3), np.uint8),
+            labels=np.arange(n) % n_classes, classes=np.array([str(c) for c in range(n_classes)]),
+        )  # fmt: skip
+    return data.load(name, "train")
+
+
+def test_tasks_of_colours_and_of_another_dataset(
+    float32: Runtime, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DFKD_DATA", str(tmp_path / "data"))
+    images, recipe = cifar("cifar10", 10), Training("residual", n_steps=2, batch_size=8, head_width=8)
+    monkeypatch.setattr("dfkd_lib.data.sources.unreachable", lambda url: "no network")
+    with pytest.raises(DataUnavailable, match="cifar100: no train"):
+        member("class-coarse", images.take(40), recipe, float32)
+    fine = cifar("cifar100", 100)
+    names = ["class-fine", "class-coarse", "segment2d", "colourise"]
+    networks = {name: member(name, images.take(40), recipe, float32)[0] for name in names}
+    task = tasks("cifar10", 3)["class-fine"]
+    assert torch.equal(task.images_of(images.take(40)).labels, fine.take(40).labels)
+    assert torch.equal(task.images_of(images.take(40), last=True).labels, fine.take(range(40, 80)).labels)
+    x = torch.rand(2, 3, 32, 32, generator=stream())
+    assert torch.allclose(networks["colourise"](x), networks["colourise"](Grey()(x)), atol=1e-5)
+    test = data.load("cifar10", "test").take(20)
+    readout = Readout(n_images=20, n_repeats=1, n_steps=2, batch_size=8, width=4)
+    found = transfers(networks, names[:3], images.take(range(40, 60)), test, readout, float32)
+    assert found.scores.shape == (1, 3, 4) and [tuple(losses.shape) for losses in found.losses] == [(4, 20)] * 3
+    assert (found.scores >= 0).all() and (found.scores <= 1).all()
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,11 @@ _AWA2_OF_CIFAR100 = {
     "whale": ("blue whale", "humpback whale", "killer whale"), "bear": ("grizzly bear", "polar bear"),
     "cattle": ("ox", "cow"),
 }  # fmt: skip
-AWA2_TARGETS = ("beaver", "tiger", "cattle", "mouse")
+_ANIMAL_SPLITS = (
+    ("beaver", "tiger", "cattle", "mouse"), ("dolphin", "wolf", "raccoon", "squirrel"),
+    ("otter", "lion", "elephant", "hamster"), ("seal", "bear", "fox", "rabbit"),
+    ("whale", "leopard", "chimpanzee", "skunk"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -221,6 +225,19 @@ def sibling_split(k: int = 0) -> tuple[str, ...]:
     return tuple(members[(i + k) % 5] for i, members in enumerate(superclasses().values()))
 
 
+def animal_split(k: int = 0) -> tuple[str, ...]:
+    """The four target classes of split k of the twenty animals of :func:`cifar100_animals`: each is a target once.
+
+    Each split has an animal of the water, a large carnivore and two others.
+
+    Raises:
+        InputError: k outside 0..4.
+    """
+    if k not in range(5):
+        raise InputError(f"there are five splits, 0 to 4, not {k!r}")
+    return _ANIMAL_SPLITS[k]
+
+
 def digit_attributes(kind: str = "all") -> ClassAttributes:
     """Attributes of the ten digits.
 
@@ -270,13 +287,23 @@ def awa2_attributes(folder: Path | None = None) -> ClassAttributes:
     return ClassAttributes(classes, names, values.clamp_min(0))
 
 
-def cifar100_animals(folder: Path | None = None) -> ClassAttributes:
-    """AwA2's attributes of the twenty classes of CIFAR-100 that have them; whale, bear and cattle are means.
+def cifar100_animals(kind: str = "awa2", folder: Path | None = None) -> ClassAttributes:
+    """Attributes of the twenty classes of CIFAR-100 that are animals of AwA2.
 
-    Args, Raises: as :func:`awa2_attributes`.
+    Args:
+        kind: "awa2", as people rated them; whale, bear and cattle are means. "animals60", the sixty defined by hand.
+        folder: of the ratings, as of :func:`awa2_attributes`.
+
+    Raises:
+        InputError: another kind.
+        DataUnavailable, DamagedFile: as of :func:`awa2_attributes`.
     """
-    rated = awa2_attributes(folder)
     classes = tuple(sorted(_AWA2_OF_CIFAR100))
+    if kind == "animals60":
+        return cifar100_attributes("hand60").of(classes)
+    if kind != "awa2":
+        raise unknown("kind of attributes", kind, ("awa2", "animals60"))
+    rated = awa2_attributes(folder)
     return ClassAttributes(
         classes, rated.names, torch.stack([rated.of(_AWA2_OF_CIFAR100[name]).values.mean(0) for name in classes])
     )

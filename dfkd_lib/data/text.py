@@ -25,6 +25,7 @@ from ..errors import DamagedFile, DataUnavailable, InputError, unknown
 from ..files import lock, replace_file
 from ..locations import cache_root, data_root
 from . import guard, sources
+from .encoders import located
 from .sentences import SentenceSet, Vocabulary
 
 SPLITS = ("fit", "held_out", "test")
@@ -227,14 +228,15 @@ def tokenizer_for(name: str, vocabulary_size: int = 8000) -> Any:
 
 
 def tokenizer_of(encoder: str) -> Any:
-    """The tokeniser of a Hugging Face encoder: a local folder, or a name such as "bert-base-uncased".
+    """The tokeniser of an encoder: "minilm", a local Hugging Face folder, or a name there as "bert-base-uncased".
 
     Raises:
         DataUnavailable: it cannot be read there.
     """
     transformers = transformers_or_error()
+    place = located(encoder)
     try:
-        return transformers.AutoTokenizer.from_pretrained(encoder, local_files_only=Path(encoder).is_dir())
+        return transformers.AutoTokenizer.from_pretrained(place, local_files_only=Path(place).is_dir())
     except (OSError, ValueError) as e:
         raise DataUnavailable(f"no tokeniser at {encoder!r}; text_encoder must be a local encoder folder") from e
 
@@ -245,11 +247,11 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary:
     Raises:
         InputError: it lacks one of the four special tokens.
     """
-    four = (tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id)
-    if None in four:
+    pad, cls, sep, mask = (getattr(tokenizer, f"{name}_token_id", None) for name in ("pad", "cls", "sep", "mask"))
+    if pad is None or cls is None or sep is None or mask is None:
         raise InputError("the tokeniser must have tokens for padding, [CLS], [SEP] and [MASK], as BERT's has")
     words = tuple(str(word) for word in tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
-    return Vocabulary(words, *four, special=tuple(tokenizer.all_special_ids))
+    return Vocabulary(words, pad, cls, sep, mask, special=tuple(tokenizer.all_special_ids))
 
 
 def encode(written: Sequence[str], tokenizer: Any, length: int, truncation: str = "head") -> Tensor:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import statistics
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -127,6 +131,24 @@ def coverage_at_risk(risks: Tensor, risk: float) -> float:
     _check_share("risk", risk)
     allowed = (risks <= risk + 1e-12).nonzero()
     return (int(allowed[-1]) + 1) / len(risks) if len(allowed) else 0.0
+
+
+def paired(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, int]:
+    """Mean and standard deviation of the differences a - b of paired measurements, and in how many pairs a > b.
+
+    Pairs share their classes and images, whose influence is far larger than that of a method and falls out.
+
+    Args:
+        a, b: one figure per pair, in the same order; with a single pair the deviation is NaN.
+
+    Raises:
+        InputError: no pair, or unlike numbers of figures.
+    """
+    if not a or len(a) != len(b):
+        raise InputError(f"{len(a)} and {len(b)} figures make no pairs; pass one of each per pair")
+    differences = [x - y for x, y in zip(a, b, strict=True)]
+    spread = statistics.stdev(differences) if len(a) > 1 else math.nan
+    return statistics.fmean(differences), spread, sum(d > 0 for d in differences)
 
 
 def _check_share(name: str, value: float) -> None:

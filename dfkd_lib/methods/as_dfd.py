@@ -204,7 +204,7 @@ class ASDFD(TextDistiller):
         settings, b = self.settings, len(sentences.e)
         loss, teacher = self.guess(sentences, targets, trace)
         if settings.lambda_ln:
-            u = self.teacher.base_model.embeddings(inputs_embeds=sentences.e)
+            u = self.teacher.base_model.embeddings(input_ids=None, inputs_embeds=sentences.e)
             loss = loss + settings.lambda_ln * b * layer_norm_loss(u, sentences.free, *self.statistics)
         with self.runtime.autocast():
             if settings.beta and settled:

@@ -154,4 +154,4 @@ class ModifiedZSKT(TextDistiller):
         z = torch.randn(
             (len(framed.e), ZSKT_NOISE), generator=self.randomness, device=framed.e.device, dtype=framed.e.dtype
         )
-        return framed.with_rows(self.generator(z).to(framed.e.dtype))
+        return framed.with_rows(self.generator(z)[:, : framed.e.shape[1]].to(framed.e.dtype))

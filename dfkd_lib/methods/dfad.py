@@ -190,7 +190,7 @@ class DFAD(Resumable):
             mean=mean, std=std, ngf=settings.ngf,
         )  # fmt: skip
         method = cls(teacher, student, generator, settings, runtime)
-        common_classes(method.teacher, method.student, image_shape, runtime)
+        common_classes(method.teacher, method.student, image_shape, runtime, dense=True)
         return method
 
     def step(self) -> dict[str, Tensor]:

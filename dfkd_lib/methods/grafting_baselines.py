@@ -17,7 +17,8 @@ from ..losses import cross_entropy, kl
 from ..models.chains import Blocks, through
 from ..runtime import Runtime
 from ..training.players import Resumable, check_positive, freeze, update
-from .grafting import Scion, Views, batch_for_shots, distance
+from .grafting import Views, batch_for_shots, distance
+from .grafting_blocks import Scion
 
 OBJECTIVES = ("grafting loss", "KD", "labels", "hints")
 

@@ -7,8 +7,9 @@ to be low. QFSL also has unlabelled images of target classes, and asks of each t
 
     L = mean -ln p_y(x_s)  +  lambda mean -ln sum_{y in Y_t} p_y(x_t)  +  gamma |W|^2.
 
-Here theta is frozen, so a method takes features. :class:`QuasiFullySupervised` is the algorithm; lambda = 0 is the
-inductive baseline. The other baselines are functions: calibrated stacking and ESZSL.
+Here theta is frozen, so a method takes features; :mod:`.qfsl_images` takes images and a theta that may learn along.
+:class:`QuasiFullySupervised` is the algorithm; lambda = 0 is the inductive baseline. The other
+baselines are functions: calibrated stacking and ESZSL.
 """
 
 from __future__ import annotations

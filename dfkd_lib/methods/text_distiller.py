@@ -7,7 +7,7 @@ accounting are here, so that no source of sentences gets a better student than a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..data.sentences import Vocabulary
 from ..errors import InputError
 from ..losses import kl
-from ..models.text import layers_of, word_table
+from ..models.text import layers_of, most_positions, word_table
 from ..runtime import Runtime
 from ..training.budget import Budget
 from ..training.finetuning import CLIP, decayed, key_mask, seed_dropout
@@ -33,6 +33,8 @@ class Distillation:
         length, min_length: a sentence has U{min_length, ..., length} positions, [CLS] and [SEP] included.
         frame: whether sentences begin with [CLS] and end with [SEP].
         batch_size: B, sentences per batch.
+        pool: batches whose lengths are drawn together and sorted, so that a batch has sentences of like lengths and
+            ends with its longest: the same lengths in all, and less padding to compute. 1 pads all batches to `length`.
         lambda_ss: weight of the self-supervised loss.
         lambda_pt: weight of Patient-KD's loss on the [CLS] states.
         mask_rate: p, share of the positions that the self-supervised head has to predict.
@@ -47,6 +49,7 @@ class Distillation:
     min_length: int = 16
     frame: bool = True
     batch_size: int = 64
+    pool: int = 1
     lambda_ss: float = 1.0
     lambda_pt: float = 0.0
     mask_rate: float = 0.15
@@ -58,7 +61,7 @@ class Distillation:
     n_updates: int = 1000
 
     def __post_init__(self) -> None:
-        check_positive(self, "batch_size", "temperature", "lr", "n_updates", "memory")
+        check_positive(self, "batch_size", "pool", "temperature", "lr", "n_updates", "memory")
         if not 3 <= self.min_length <= self.length:
             raise InputError(f"min_length must be in 3..length ({self.length}), not {self.min_length}")
         if not 0 < self.mask_rate < 1:
@@ -161,15 +164,15 @@ class TextDistiller(Resumable, ABC):
             raise InputError("the student must have the teacher's word table: cut it from the teacher")
         if len(vocabulary.words) > len(self.table):
             raise InputError(f"the vocabulary has {len(vocabulary.words)} words, the teacher only {len(self.table)}")
-        if settings.length > (most := self.teacher.config.max_position_embeddings):
-            raise InputError(f"length must be at most {most}, the teacher's positions, not {settings.length}")
+        for who, network in (("teacher", self.teacher), ("student", self.student)):
+            if settings.length > (most := most_positions(network)):
+                raise InputError(f"length must be at most {most}, the {who}'s positions, not {settings.length}")
         self.n_classes = int(self.teacher.config.num_labels)
         self.ordinary = vocabulary.ordinary.to(runtime.device)
         rows = self.table[self.ordinary]
         self.mean, self.sigma, self.norms = rows.mean(0), rows.std(0), rows.norm(dim=1)
         self.scale = float(self.sigma.mean())
-        width = self.table.shape[1]
-        self.head = self._head(width)
+        self.head = self._head(int(self.student.config.hidden_size), self.table.shape[1])
         self.learners = (self.student, self.head)
         self.optimizer = torch.optim.AdamW(decayed(self.learners, settings.weight_decay), settings.lr)
         self.scaler = runtime.scaler()
@@ -181,9 +184,12 @@ class TextDistiller(Resumable, ABC):
         self.steps = 0
         self.budget = Budget()
 
-    def _head(self, width: int) -> nn.Module:
+    def _head(self, width: int, embedding: int) -> nn.Module:
+        """A, from states to embeddings, which are narrower in ELECTRA."""
         torch.manual_seed(self.runtime.seed)
-        return self.runtime.prepare(nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))).train()
+        return self.runtime.prepare(
+            nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, embedding))
+        ).train()
 
     @abstractmethod
     def construct(self) -> tuple[Sentences, dict[str, Tensor]]:
@@ -254,10 +260,14 @@ class TextDistiller(Resumable, ABC):
         target = sentences.e if moving_target else sentences.e.detach()
         return self_supervised_loss(self.head(states[-1]).to(target.dtype), target, hidden)
 
-    def frame(self, lengths: Tensor) -> Sentences:
-        """Sentences of the given lengths whose free rows are zero: [CLS] first, [SEP] last, [PAD] behind."""
+    def frame(self, lengths: Tensor, longest: int = 0) -> Sentences:
+        """Sentences of the given lengths whose free rows are zero: [CLS] first, [SEP] last, [PAD] behind.
+
+        Args:
+            longest: positions of the batch; 0 is the settings' `length`.
+        """
         table, vocabulary, n = self.table, self.vocabulary, len(lengths)
-        position = torch.arange(self.settings.length, device=lengths.device).expand(n, -1)
+        position = torch.arange(longest or self.settings.length, device=lengths.device).expand(n, -1)
         real = position < lengths[:, None]
         e = torch.where(real[..., None], torch.zeros_like(table[0]), table[vocabulary.pad])
         free = real
@@ -270,12 +280,17 @@ class TextDistiller(Resumable, ABC):
         return Sentences(e, real.long() if padded else None, free)
 
     def sample_frame(self) -> Sentences:
-        """A batch of :meth:`frame` with lengths drawn from U{min_length, ..., length}."""
-        settings = self.settings
-        lengths = torch.randint(
-            settings.min_length, settings.length + 1, (settings.batch_size,), generator=self.randomness,
-            device=self.runtime.device,
-        )  # fmt: skip
+        """A batch of :meth:`frame` with lengths drawn from U{min_length, ..., length}, alike where a `pool` is."""
+        settings, span = self.settings, (self.settings.min_length, self.settings.length + 1)
+        if settings.pool > 1:
+            # Drawn anew for each batch, on the CPU: nothing to save, and the longest is known without waiting.
+            on_cpu = replace(self.runtime, device=torch.device("cpu"))
+            draw = on_cpu.stream(f"as-dfd lengths {self.steps // settings.pool}")
+            drawn = torch.randint(*span, (settings.pool * settings.batch_size,), generator=draw).sort().values
+            chosen = int(torch.randperm(settings.pool, generator=draw)[self.steps % settings.pool])
+            lengths = drawn.view(settings.pool, -1)[chosen]
+            return self.frame(lengths.to(self.runtime.device), int(lengths[-1]))
+        lengths = torch.randint(*span, (settings.batch_size,), generator=self.randomness, device=self.runtime.device)
         return self.frame(lengths)
 
     def sample_tokens(self, shape: torch.Size) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,8 @@ from torch import Tensor
 from .. import data
 from ..data import ImageSet
 from ..data.attributes import (
-    AWA2_TARGETS,
     ClassAttributes,
+    animal_split,
     cifar100_animals,
     cifar100_attributes,
     digit_attributes,
@@ -21,10 +22,11 @@ from ..data.attributes import (
     sibling_split,
 )
 from ..measures.zero_shot import zero_shot_measures
-from .qfsl import exchanged_halves
+from ..runtime import Runtime
+from .qfsl import Fold, QuasiFullySupervised, Settings, best_by_folds, exchanged_halves, fold_measures, train
 
 Embedding = Callable[[ImageSet, Mapping[str, ImageSet]], dict[str, Tensor]]
-AWA2 = "awa2"
+ANIMALS = ("awa2", "animals60")
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Task:
         source_labels, test_seen_labels, test_unseen_labels: int64 [N], columns.
         pool_labels: for the supervised bound and for pools of a given make-up alone; no method is handed them.
         images: uint8 [N, C, H, W] of `test_unseen`, to look at, or None.
+        sets: the images of all four parts, by name, for an embedding that learns; empty where there are none.
     """
 
     attributes: ClassAttributes
@@ -52,6 +55,7 @@ class Task:
     test_unseen: Tensor
     test_unseen_labels: Tensor
     images: Tensor | None = None
+    sets: Mapping[str, ImageSet] = field(default_factory=dict)
 
     @property
     def seen_labels(self) -> Tensor:
@@ -62,6 +66,26 @@ class Task:
         """Of features [N, D] -> scores [N, S + T]: :func:`~..measures.zero_shot.zero_shot_measures`."""
         unseen, seen = (scores(x).cpu() for x in (self.test_unseen, self.test_seen))
         return zero_shot_measures(unseen, self.test_unseen_labels, seen, self.test_seen_labels, self.target)
+
+    def measures_on_images(self, scores: Callable[[ImageSet], Tensor]) -> dict[str, float]:
+        """:meth:`measures` of N images -> scores [N, S + T], for a task that has `sets`."""
+        unseen, seen = (scores(self.sets[name]).cpu() for name in ("test_unseen", "test_seen"))
+        return zero_shot_measures(unseen, self.test_unseen_labels, seen, self.test_seen_labels, self.target)
+
+    def equalised(self, power: float) -> Task:
+        """The same with each feature divided by its deviation over the source to a power, and the whole scaled anew.
+
+        Args:
+            power: in [0, 1]: 0 leaves the features as they are, 1 gives each of them the same deviation, which is
+                whitening where they are principal components.
+        """
+        if not power:
+            return self
+        by = self.source.std(0).clamp_min(0.01) ** power  # what hardly varies in the source may vary elsewhere
+        spread = (self.source / by).square().mean().sqrt()
+        return replace(
+            self, **{part: getattr(self, part) / by / spread for part in ("source", "pool", "test_seen", "test_unseen")}
+        )
 
     def with_pool(self, per_class: int, contamination: float = 0.0) -> Task:
         """The same with the first images of each target class as pool, and a share of the pool taken from the source.
@@ -79,13 +103,51 @@ class Task:
         )
 
 
+def choose_scaling(
+    task: Task,
+    phi: Tensor,
+    folds: Sequence[Fold],
+    powers: Sequence[float],
+    scales: Sequence[float],
+    settings: Settings,
+    runtime: Runtime,
+) -> tuple[tuple[float, float], dict[tuple[float, float], float]]:
+    """The power of :meth:`Task.equalised` and the scale of the scores, chosen on seen classes that play unseen.
+
+    An inductive classifier learns the other classes of each fold; what counts is its conventional accuracy on those
+    that play unseen. Neither a test image nor the pool takes part.
+
+    Args:
+        phi: semantic vectors of the seen classes, [S, A].
+        folds: of :func:`~.qfsl.pseudo_unseen`.
+
+    Returns:
+        The pair (power, scale) with the largest mean, and all means; with a single pair nothing is trained.
+    """
+    pairs = [(power, scale) for power in powers for scale in scales]
+    if len(pairs) == 1:
+        return pairs[0], {}
+    sources = {power: task.equalised(power).source for power in powers}
+
+    def of_pair(fold: Fold) -> Callable[[tuple[float, float]], float]:
+        def conventional(pair: tuple[float, float]) -> float:
+            x, chosen = sources[pair[0]], replace(settings, lam=0.0, scale=pair[1])
+            labels = task.seen_labels
+            method = QuasiFullySupervised(x[fold.fit], labels[fold.fit], None, phi, fold.target, chosen, runtime)
+            return fold_measures(train(method, chosen.n_steps).scores, x, labels, fold)["conventional"]
+
+        return conventional
+
+    return best_by_folds(pairs, folds, of_pair)
+
+
 def first_of_each(labels: Tensor, n: int) -> Tensor:
     """Indices of the first n samples of each class, in order: int64 [N] -> [M]."""
     return torch.cat([(labels == c).nonzero()[:n, 0] for c in labels.unique()]).sort().values
 
 
 def attributes_of(dataset: str, kind: str) -> ClassAttributes:
-    """Attributes of "digits" or "cifar100"; kind "awa2" is of the latter's animals.
+    """Attributes of "digits" or "cifar100"; kinds "awa2" and "animals60" are of the latter's animals.
 
     Raises:
         InputError: an unknown kind.
@@ -93,7 +155,7 @@ def attributes_of(dataset: str, kind: str) -> ClassAttributes:
     """
     if dataset == "digits":
         return digit_attributes(kind)
-    return cifar100_animals() if kind == AWA2 else cifar100_attributes(kind)
+    return cifar100_animals(kind) if kind in ANIMALS else cifar100_attributes(kind)
 
 
 def digit_tasks(split: int, kind: str, n_unseen: int = 2) -> list[Task]:
@@ -122,12 +184,13 @@ def digit_tasks(split: int, kind: str, n_unseen: int = 2) -> list[Task]:
 
 
 def cifar100_tasks(split: int, kind: str, embedding: Embedding, per_class: int, test_per_class: int) -> list[Task]:
-    """One task of CIFAR-100: one sibling of each superclass is unseen, or with "awa2" four of twenty animals.
+    """One task of CIFAR-100: one sibling of each superclass is unseen, or of the animals four of twenty.
 
     The pool are training images of target classes, the test images are those of the data set: nothing is halved.
 
     Args:
-        split: 0 to 4, see :func:`~..data.attributes.sibling_split`; "awa2" has one split.
+        split: 0 to 4, see :func:`~..data.attributes.sibling_split` and :func:`~..data.attributes.animal_split`.
+        kind: of attributes; "awa2" and "animals60" are of the same animals and images.
         embedding: what turns images into features, fitted to the source images.
         per_class, test_per_class: images of each class.
     """
@@ -135,7 +198,7 @@ def cifar100_tasks(split: int, kind: str, embedding: Embedding, per_class: int, 
     train, test = (data.load("cifar100", name) for name in ("train", "test"))
     chosen = [train.classes.index(name) for name in attributes.classes]
     train, test = train.of_classes(chosen), test.of_classes(chosen)
-    unseen = AWA2_TARGETS if kind == AWA2 else sibling_split(split)
+    unseen = animal_split(split) if kind in ANIMALS else sibling_split(split)
     target = torch.tensor([name in unseen for name in attributes.classes])
     sets, labels = {}, {}
     for images, n, seen_part, unseen_part in (
@@ -147,7 +210,8 @@ def cifar100_tasks(split: int, kind: str, embedding: Embedding, per_class: int, 
         for part, at in ((seen_part, few[~target[y[few]]]), (unseen_part, few[target[y[few]]])):
             sets[part], labels[part] = images.take(at), y[at]
     features = embedding(sets["source"], {name: images for name, images in sets.items() if name != "source"})
-    return [_task(attributes, target, features, labels, sets["test_unseen"].images)]
+    task = _task(attributes, target, features, labels, sets["test_unseen"].images)
+    return [replace(task, sets=sets)]
 
 
 def package_tasks(folder: Path) -> list[Task]:
@@ -179,5 +243,6 @@ def _task(
 ) -> Task:
     centre = features["source"].mean(0)
     spread = (features["source"] - centre).square().mean().sqrt()
-    ready = {name: (x.cpu() - centre.cpu()) / float(spread) for name, x in features.items()}
-    return Task(attributes, target, images=images, **ready, **{f"{name}_labels": y for name, y in labels.items()})
+    parts: dict[str, Any] = {name: (x.cpu() - centre.cpu()) / float(spread) for name, x in features.items()}
+    parts |= {f"{name}_labels": y for name, y in labels.items()}
+    return Task(attributes, target, images=images, **parts)

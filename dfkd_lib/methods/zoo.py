@@ -30,7 +30,7 @@ from ..training import checkpoints
 from ..training.fit import fit
 from ..training.modes import still
 from ..training.players import Resumable, adam, check_positive, freeze, update
-from .zoo_tasks import CLASSES, NOT_ASKED, Heads, Task, tasks
+from .zoo_tasks import CLASSES, NOT_ASKED, PIXELS, Grey, Heads, Task, tasks
 
 SECOND_SEED, RANDOM, SHUFFLED = "class-all again", "random", "shuffled labels"
 CONTROLS = (SECOND_SEED, RANDOM, SHUFFLED)
@@ -152,6 +152,7 @@ def member(name: str, images: ImageSet, settings: Training, runtime: Runtime) ->
     Args:
         name: of a task of the images' dataset, or one of `CONTROLS`: class-all with another seed (the positive
             control), never trained, or class-all with the labels of other images.
+        images: the first of a training set. A task of another dataset takes as many of that.
 
     Raises:
         InputError: unknown name.
@@ -160,6 +161,8 @@ def member(name: str, images: ImageSet, settings: Training, runtime: Runtime) ->
     known = tasks(images.name, images.image_shape[0])
     if name not in (*known, *CONTROLS):
         raise unknown("member of the zoo", name, [*known, *CONTROLS])
+    task = known["class-all" if name in CONTROLS else name]
+    images = task.images_of(images)
     wanted: dict[str, Any] = {
         "member": name, "data": images.name, "fingerprint": images.fingerprint, "training": asdict(settings),
         "seed": runtime.seed, "precision": runtime.precision,
@@ -167,19 +170,24 @@ def member(name: str, images: ImageSet, settings: Training, runtime: Runtime) ->
     path = _place(f"{images.name}-{name}", wanted)
     with lock(path.with_suffix(".lock")):
         if not path.exists():
-            _train(name, known, images, settings, runtime, wanted, path)
+            _train(name, task, images, settings, runtime, wanted, path)
         stored = checkpoints.load(path)
-    encoder = ENCODERS[settings.encoder](images.image_shape[0])
+    encoder = _encoder(task, images, settings)
     encoder.load_state_dict(stored["encoder"])
     return freeze(runtime.prepare(encoder)), float(stored["seconds"])
 
 
+def _encoder(task: Task, images: ImageSet, settings: Training) -> nn.Sequential:
+    encoder = ENCODERS[settings.encoder](images.image_shape[0])
+    return nn.Sequential(Grey(), *encoder) if task.grey else encoder
+
+
 def _train(
-    name: str, known: Mapping[str, Task], images: ImageSet, settings: Training, runtime: Runtime,
+    name: str, task: Task, images: ImageSet, settings: Training, runtime: Runtime,
     wanted: dict[str, Any], path: Path,
 ) -> None:  # fmt: skip
     torch.manual_seed(int.from_bytes(hashlib.sha256(f"{runtime.seed}/{name}".encode()).digest()[:7], "big"))
-    encoder = ENCODERS[settings.encoder](images.image_shape[0])
+    encoder = _encoder(task, images, settings)
     seconds = 0.0
     if name != RANDOM:
         labels = images.labels
@@ -189,7 +197,6 @@ def _train(
                 images.images, labels[order.to(labels.device)], classes=images.classes, name=images.name,
                 split=images.split,
             )  # fmt: skip
-        task = known["class-all" if name in CONTROLS else name]
         method, partial = TaskTraining(encoder, task, images, settings, runtime), path.with_suffix(".partial")
         fitted = fit(method, settings.n_steps, name=f"zoo {name}", checkpoint=partial, identity={"of": path.stem})
         seconds = fitted.seconds
@@ -207,8 +214,8 @@ class Transfers:
     """What was measured.
 
     Attributes:
-        scores: float64 [R, T, N] for repeats, targets and sources: accuracy where the target has classes, else
-            R^2 = 1 - MSE / variance, which may be below 0.
+        scores: float64 [R, T, N] for repeats, targets and sources: accuracy, of images or pixels, where the target has
+            classes, else R^2 = 1 - MSE / variance, which may be below 0.
         losses: per target, [N, R n_test]: of each source on each test image.
         seconds: of all readouts.
     """
@@ -232,8 +239,9 @@ def transfers(
     Args:
         encoders: {name: network}, in eval mode, of one shape of z.
         targets: names of tasks of the dataset.
-        train: labelled images that no encoder was trained on, n_images for each repeat.
-        test: images to measure on.
+        train: labelled images that no encoder was trained on, n_images for each repeat. A target of another dataset
+            takes as many from the end of that.
+        test: images to measure on, the first of their split.
 
     Raises:
         InputError: too few images, or an unknown task.
@@ -265,7 +273,10 @@ def _measure(
     start, scores, losses = time.perf_counter(), [], []
     sources = Sources(encoders, runtime)
     for task in targets:
-        found = [read_out(sources, task, train, test, settings, runtime, r) for r in range(settings.n_repeats)]
+        labelled, asked = task.images_of(train, last=True), task.images_of(test)
+        # What is tested on is the same in every repeat, and costs more to look at than a readout to train.
+        tested = sources.see(asked, 0, len(asked), task, runtime.stream(f"test {task.name}"))
+        found = [read_out(sources, task, labelled, tested, settings, runtime, r) for r in range(settings.n_repeats)]
         scores.append(torch.stack([score for score, _ in found]))
         losses.append(torch.cat([loss for _, loss in found], 1))
     return {"scores": torch.stack(scores, 1), "losses": losses, "seconds": time.perf_counter() - start}
@@ -299,11 +310,15 @@ class Sources:
 
 
 def read_out(
-    sources: Sources, task: Task, train: ImageSet, test: ImageSet, settings: Readout, runtime: Runtime, repeat: int = 0
-) -> tuple[Tensor, Tensor]:
+    sources: Sources, task: Task, train: ImageSet, tested: tuple[Tensor, Tensor], settings: Readout, runtime: Runtime,
+    repeat: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Train the readouts of one target, all sources at once, and test them.
 
     A readout sees representations less their mean over the training images, divided by one number per source.
+
+    Args:
+        tested: z [N, n_test, C, h, w] and targets of the test images, as :meth:`Sources.see` gives them.
 
     Returns:
         Scores float64 [N] and losses float32 [N, n_test], on the CPU.
@@ -323,7 +338,7 @@ def read_out(
         # A sum over sources: each readout has the gradient that it would have alone.
         loss = heads.losses(heads(z[:, at]), y[at]).mean(1).sum()
         update(optimizer, loss, scaler)
-    z, y = sources.see(test, 0, len(test), task, runtime.stream(f"test {task.name}"))
+    z, y = tested
     with torch.no_grad():
         out = heads((z - mean) / scale)
         losses = heads.losses(out, y)
@@ -331,6 +346,8 @@ def read_out(
             asked = y != NOT_ASKED
             scores = (out.argmax(2) == y)[:, asked].double().mean(1)
             losses = losses[:, asked]
+        elif task.kind == PIXELS:
+            scores = (out.argmax(2) == y).flatten(1).double().mean(1)
         else:
             scores = 1 - losses.double().mean(1) / (y - y.mean(0)).square().double().mean()
     return scores.cpu(), losses.cpu()

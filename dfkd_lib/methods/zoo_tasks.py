@@ -15,10 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data import ImageSet, load
+from ..data.attributes import superclasses
 from ..errors import unknown
 
 SEMANTIC, GEOMETRIC, LOW_LEVEL = "semantic", "geometric", "low-level"
-CLASSES, VECTOR, IMAGE = "classes", "vector", "image"
+CLASSES, VECTOR, IMAGE, PIXELS = "classes", "vector", "image", "classes of pixels"
 NOT_ASKED = -1  # label of an image that a task does not have
 
 # What ten classes become in each grouping.
@@ -33,6 +35,8 @@ _CIFAR10 = {
     "attribute": [0, 1, -1, -1, -1, -1, -1, -1, 2, 3],  # which vehicle
 }
 GROUPINGS = {"digits": _DIGITS, "mnist": _DIGITS, "cifar10": _CIFAR10}
+# Four clusters of colours, RGB: k-means of the pixels of CIFAR-10's training images, from any first centres.
+COLOURS = ((0.187, 0.176, 0.153), (0.426, 0.404, 0.343), (0.621, 0.614, 0.575), (0.852, 0.862, 0.862))
 Make = Callable[[Tensor, Tensor, torch.Generator], tuple[Tensor, Tensor]]
 
 
@@ -42,10 +46,12 @@ class Task:
 
     Attributes:
         group: semantic, geometric or low-level.
-        kind: of the target: "classes" int64 [B] with -1 where the task has no answer, "vector" float [B, K], or
-            "image" float [B, C', H, W].
+        kind: of the target: "classes" int64 [B] with -1 where the task has no answer, "vector" float [B, K],
+            "image" float [B, C', H, W], or "classes of pixels" int64 [B, H, W].
         n_outputs: classes, numbers, or channels C'.
         make: images [B, C, H, W] in [0, 1], labels [B], stream -> input [B, C, H, W], target.
+        dataset: whose images and labels the task takes; empty for those of the zoo.
+        grey: the network sees the luminance of what it is given; its maps then lie in colours, as those of others do.
     """
 
     name: str
@@ -53,10 +59,23 @@ class Task:
     kind: str
     n_outputs: int
     make: Make
+    dataset: str = ""
+    grey: bool = False
+
+    def images_of(self, images: ImageSet, last: bool = False) -> ImageSet:
+        """The task's own images in the place of the zoo's: as many, of the same split, the first or the last.
+
+        Raises:
+            DataUnavailable: its dataset is neither on disk nor reachable.
+        """
+        if not self.dataset:
+            return images
+        whole, n = load(self.dataset, images.split, device=images.device), len(images)
+        return whole.take(range(len(whole) - n, len(whole))) if last else whole.take(n)
 
 
 def tasks(dataset: str, channels: int) -> dict[str, Task]:
-    """All tasks of a dataset of ten classes, by name.
+    """All tasks of a dataset of ten classes, by name; for CIFAR-10 also those of colours and of CIFAR-100's classes.
 
     Raises:
         InputError: no groups of classes are known for this dataset.
@@ -64,12 +83,8 @@ def tasks(dataset: str, channels: int) -> dict[str, Task]:
     if dataset not in GROUPINGS:
         raise unknown("dataset of a zoo", dataset, GROUPINGS)
 
-    def of_labels(lookup: list[int]) -> Make:
-        table = torch.tensor(lookup)
-        return lambda x, y, g: (x, table.to(y.device)[y])
-
     semantic = {"class-all": list(range(10)), **GROUPINGS[dataset]}
-    found = [Task(n, SEMANTIC, CLASSES, max(lookup) + 1, of_labels(lookup)) for n, lookup in semantic.items()]
+    found = [Task(n, SEMANTIC, CLASSES, max(lookup) + 1, _of_labels(lookup)) for n, lookup in semantic.items()]
     found += [
         Task("autoencoder", LOW_LEVEL, IMAGE, channels, lambda x, y, g: (x, x)),
         Task("denoise", LOW_LEVEL, IMAGE, channels, lambda x, y, g: (x + 0.3 * _normal(x, g), x)),
@@ -82,7 +97,25 @@ def tasks(dataset: str, channels: int) -> dict[str, Task]:
         Task("flip", GEOMETRIC, CLASSES, 2, _flip),
         Task("moments", LOW_LEVEL, VECTOR, 3 if channels == 1 else 4, lambda x, y, g: (x, moments(x))),
     ]
+    if dataset == "cifar10":
+        found += [
+            Task("class-fine", SEMANTIC, CLASSES, 100, _of_labels(list(range(100))), dataset="cifar100"),
+            Task("class-coarse", SEMANTIC, CLASSES, 20, _of_labels(_coarse_labels()), dataset="cifar100"),
+            Task("colourise", LOW_LEVEL, IMAGE, 2, lambda x, y, g: (x, opponents(x)), grey=True),
+            Task("segment2d", LOW_LEVEL, PIXELS, len(COLOURS), lambda x, y, g: (x, colour_clusters(x))),
+        ]
     return {task.name: task for task in found}
+
+
+def _of_labels(lookup: list[int]) -> Make:
+    table = torch.tensor(lookup)
+    return lambda x, y, g: (x, table.to(y.device)[y])
+
+
+def _coarse_labels() -> list[int]:
+    """The superclass of each class of CIFAR-100, whose labels are in alphabetical order."""
+    of_class = {name: i for i, members in enumerate(superclasses().values()) for name in members}
+    return [of_class[name] for name in sorted(of_class)]
 
 
 def _normal(x: Tensor, g: torch.Generator) -> Tensor:
@@ -107,6 +140,25 @@ def luminance(x: Tensor) -> Tensor:
         return x
     weights = torch.tensor([0.299, 0.587, 0.114], dtype=x.dtype, device=x.device)
     return (x * weights[:, None, None]).sum(1, keepdim=True)
+
+
+def opponents(x: Tensor) -> Tensor:
+    """Two opponent channels, red less green and yellow less blue: [B, 3, H, W] -> [B, 2, H, W] in [-1, 1]."""
+    red, green, blue = x.unbind(1)
+    return torch.stack([red - green, (red + green) / 2 - blue], 1)
+
+
+def colour_clusters(x: Tensor) -> Tensor:
+    """The nearest of `COLOURS` at each pixel: [B, 3, H, W] -> int64 [B, H, W]."""
+    centres = torch.tensor(COLOURS, dtype=x.dtype, device=x.device)
+    return (x[:, None] - centres[:, :, None, None]).square().sum(2).argmin(1)
+
+
+class Grey(nn.Module):
+    """Images [B, 3, H, W] -> their luminance in three equal channels."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return luminance(x).expand_as(x)
 
 
 def _slopes(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -169,7 +221,7 @@ def _jigsaw(x: Tensor, y: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor]:
 class Heads(nn.Module):
     """N heads side by side, one per representation: linear, ReLU, linear; equal first weights for all.
 
-    Classes and numbers are read from all of z, images at each place of z for the pixels that it stands for.
+    Classes and numbers are read from all of z, pixels at each place of z for those that it stands for.
 
     Args:
         z_shape: (C, h, w).
@@ -178,21 +230,20 @@ class Heads(nn.Module):
 
     def __init__(self, n: int, task: Task, z_shape: tuple[int, int, int], side: int, width: int) -> None:
         super().__init__()
-        self.task, self.scale = task, side // z_shape[1]
-        n_in = z_shape[0] if task.kind == IMAGE else math.prod(z_shape)
-        n_out = task.n_outputs * (self.scale**2 if task.kind == IMAGE else 1)
+        self.task, self.scale, self.draws = task, side // z_shape[1], task.kind in (IMAGE, PIXELS)
+        n_in = z_shape[0] if self.draws else math.prod(z_shape)
+        n_out = task.n_outputs * (self.scale**2 if self.draws else 1)
         layers = nn.Linear(n_in, width), nn.Linear(width, n_out)
         self.weights = nn.ParameterList(layer.weight.detach().T.repeat(n, 1, 1) for layer in layers)
         self.biases = nn.ParameterList(layer.bias.detach().repeat(n, 1, 1) for layer in layers)
 
     def forward(self, z: Tensor) -> Tensor:
-        """z [N, B, C, h, w] -> outputs [N, B, K] or, for an image, [N, B, C', H, W]."""
+        """z [N, B, C, h, w] -> outputs [N, B, K] or, for each pixel, [N, B, C', H, W]."""
         n, b, c, h, w = z.shape
-        image = self.task.kind == IMAGE
-        rows = z.movedim(2, 4).reshape(n, b * h * w, c) if image else z.flatten(2)
+        rows = z.movedim(2, 4).reshape(n, b * h * w, c) if self.draws else z.flatten(2)
         hidden = F.relu(torch.baddbmm(self.biases[0], rows, self.weights[0]))
         out = torch.baddbmm(self.biases[1], hidden, self.weights[1])
-        if not image:
+        if not self.draws:
             return out
         places = out.view(n * b, h, w, -1).permute(0, 3, 1, 2)
         return F.pixel_shuffle(places, self.scale).unflatten(0, (n, b))
@@ -200,7 +251,8 @@ class Heads(nn.Module):
     def losses(self, out: Tensor, y: Tensor) -> Tensor:
         """Cross-entropy, 0 where nothing is asked, or mean squared error, of each sample: [N, B]."""
         n = len(out)
-        if self.task.kind == CLASSES:
-            labels = y.repeat(n)
-            return F.cross_entropy(out.flatten(0, 1), labels, reduction="none", ignore_index=NOT_ASKED).view(n, -1)
+        if self.task.kind in (CLASSES, PIXELS):
+            labels = y.repeat(n, *[1] * (y.ndim - 1))
+            found = F.cross_entropy(out.flatten(0, 1), labels, reduction="none", ignore_index=NOT_ASKED)
+            return found.view(n, len(y), -1).mean(2)
         return (out - y).square().flatten(2).mean(2)

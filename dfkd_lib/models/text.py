@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..data.encoders import located
 from ..data.sentences import SentenceSet, Vocabulary
 from ..data.text import transformers_or_error
 from ..errors import DamagedFile, DataUnavailable, InputError, unknown
@@ -52,28 +53,54 @@ def bert(
 
 
 def encoder(folder: str, n_classes: int) -> Any:
-    """A pretrained encoder with a new classifier: a local folder, or a name such as "bert-base-uncased".
+    """A pretrained encoder with a new classifier: "minilm", a local folder, or a name such as "bert-base-uncased".
 
     Raises:
         DataUnavailable: it cannot be read there.
         InputError: it is not of the BERT family: an embedding module and a list of encoder layers are needed.
     """
     transformers = transformers_or_error()
+    place = located(folder)
     try:
         made = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=n_classes, local_files_only=Path(folder).is_dir()
+            place, num_labels=n_classes, local_files_only=Path(place).is_dir()
         )
     except (OSError, ValueError) as e:
         raise DataUnavailable(f"no encoder at {folder!r}; text_encoder must be a local encoder folder") from e
-    if not hasattr(made.base_model, "embeddings") or not hasattr(getattr(made.base_model, "encoder", None), "layer"):
+    if not hasattr(made.base_model, "embeddings"):
         raise InputError(f"{folder!r} holds a {type(made).__name__}, which is not of the BERT family")
+    stack_of(made)
     return made
 
 
+def stack_of(network: Any) -> Any:
+    """The module that holds the encoder layers in its list `layer`.
+
+    Raises:
+        InputError: the network has none.
+    """
+    for name in ("encoder", "transformer"):  # the second is DistilBERT's
+        stack: Any = getattr(network.base_model, name, None)
+        if isinstance(getattr(stack, "layer", None), nn.ModuleList):
+            return stack
+    raise InputError(f"a {type(network).__name__} has no list of encoder layers, as the BERT family has")
+
+
 def layers_of(network: Any) -> nn.ModuleList:
-    """The encoder layers."""
-    layers: nn.ModuleList = network.base_model.encoder.layer
+    """The encoder layers.
+
+    Raises:
+        InputError: see :func:`stack_of`.
+    """
+    layers: nn.ModuleList = stack_of(network).layer
     return layers
+
+
+def most_positions(network: Any) -> int:
+    """The most tokens that a sentence may have. RoBERTa keeps its first positions for padding."""
+    table = getattr(getattr(network.base_model, "embeddings", None), "position_embeddings", None)
+    kept = getattr(table, "padding_idx", None)
+    return int(network.config.max_position_embeddings) - (0 if kept is None else kept + 1)
 
 
 def word_table(network: Any) -> Tensor:
@@ -106,7 +133,7 @@ def table_statistics(
     draw = torch.Generator().manual_seed(seed)
     ids = ordinary[torch.randint(len(ordinary), (n, length), generator=draw).to(ordinary.device)]
     with torch.no_grad():
-        u = network.base_model.embeddings(inputs_embeds=table[ids]).flatten(0, 1)[:4096]
+        u = network.base_model.embeddings(input_ids=None, inputs_embeds=table[ids]).flatten(0, 1)[:4096]
     return u.mean(0), u.std(0)
 
 
@@ -142,7 +169,7 @@ def cut(teacher: Any, k: int, keep: str = "first", *, dropout: float = 0.1, seed
     """
     kept = chosen_layers(len(layers_of(teacher)), k, keep)
     student = copy.deepcopy(teacher)
-    student.base_model.encoder.layer = nn.ModuleList([copy.deepcopy(layers_of(teacher)[i]) for i in kept])
+    stack_of(student).layer = nn.ModuleList([copy.deepcopy(layers_of(teacher)[i]) for i in kept])
     student.requires_grad_(True)
     student.config.num_hidden_layers = k
     student.config.kept_layers = kept
@@ -197,7 +224,7 @@ def train_or_load(
     cut short goes on; another process that asks meanwhile waits.
 
     Args:
-        text_encoder: a local Hugging Face folder, or a name there, to start from; empty: random weights.
+        text_encoder: "minilm", a local Hugging Face folder, or a name there, to start from; empty: random weights.
 
     Raises:
         DataUnavailable: no encoder at `text_encoder`.
@@ -211,7 +238,7 @@ def train_or_load(
         "precision": runtime.precision,
         "pretrained": bool(text_encoder),
     }
-    if text_encoder and (config := Path(text_encoder) / "config.json").is_file():
+    if text_encoder and (config := Path(located(text_encoder)) / "config.json").is_file():
         wanted["encoder"] = {f.name: sha256(f) for f in sorted(config.parent.glob("*.safetensors"))}
     digest = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()[:12]
     path = cache_root() / "teachers" / f"{train.name}-text-{digest}.safetensors"

@@ -36,8 +36,8 @@ def add_arguments(one: argparse.ArgumentParser, path: Callable[[str], Path]) -> 
     long.add_argument("--updates", type=int, metavar="N", help="student updates (default: the preset's)")
     long.add_argument("--minutes", type=float, metavar="N", help="as many updates as end in this time")
     one.add_argument("--set", dest="pairs", action="append", default=[], metavar="NAME=VALUE", help="of the method")
-    one.add_argument("--images", type=path, metavar="DIR", help="distil on these pictures instead of making images")
-    one.add_argument("--test", type=path, metavar="DIR", help="labelled images, a sub-folder for each class")
+    one.add_argument("--images", type=path, metavar="DIR", help="distil on these pictures, by method kd or mosaickd")
+    one.add_argument("--test", type=path, metavar="DIR", help="labelled: a sub-folder a class, or images and masks")
     one.add_argument("--onnx", action="store_true", help="write student.onnx too")
     one.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     one.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
@@ -62,7 +62,7 @@ def distill(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     teacher, student = _networks(args, shape)
     mean, std = _statistics(args, teacher)
-    test = None if args.test is None else labelled_folder(args.test, shape, args.classes, teacher.class_names)
+    test = None if args.test is None else _test_images(args.test, shape, args.classes, teacher.class_names)
     if mean is None and not args.quiet:
         print("dfkd: note: no mean and std are known, so the networks get images in [0, 1]", file=sys.stderr)
     try:
@@ -124,6 +124,16 @@ def labelled_folder(
     for name, number in zip(names, numbers, strict=True):
         known[number] = name
     return ImageSet(found.images, labels, classes=known, name=found.name, split=found.split)
+
+
+def _test_images(
+    folder: Path, image_shape: tuple[int, int, int], n_classes: int, class_names: Sequence[str]
+) -> ImageSet:
+    from ..own_maps import labelled_maps
+
+    if (folder / "images").is_dir() and (folder / "masks").is_dir():
+        return labelled_maps(folder, image_shape, n_classes)
+    return labelled_folder(folder, image_shape, n_classes, class_names)
 
 
 def _networks(args: argparse.Namespace, shape: tuple[int, int, int]) -> tuple[Loaded, Loaded]:

@@ -50,6 +50,7 @@ class Fit:
         snapshots: {step: {name: tensor}} as returned by `watch`.
         resumed_at: the steps that a checkpoint was continued from, in order; empty for a run without a break. To read
             a finished run again is no break.
+        cut_to: the steps that the run was cut to, see :func:`fit`; 0 if it was not.
         sources: fingerprints of the library's source that took the steps, in order: see :func:`fit`.
     """
 
@@ -59,6 +60,7 @@ class Fit:
     snapshots: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     resumed_at: list[int] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
+    cut_to: int = 0
 
     @property
     def seconds(self) -> float:
@@ -90,6 +92,7 @@ def fit(
     checkpoint_every: float = 60.0,
     identity: Mapping[str, Any] | None = None,
     progress: bool = True,
+    shorten: Callable[[int, int, float], int] | None = None,
 ) -> Fit:
     """Take `n_steps` outer iterations of a method.
 
@@ -109,6 +112,8 @@ def fit(
         evaluate: returns figures of the student, larger is better.
         watch: returns tensors worth keeping, such as generated images.
         progress: show the live line, where there is somebody to look at it.
+        shorten: is told the steps done, those that there shall be and the seconds so far, at every reading and when a
+            run is continued, and returns how many steps there shall be from now on, at most `n_steps`.
 
     Raises:
         NonFiniteLoss: a metric or a weight is NaN or infinite; the last good checkpoint is kept.
@@ -117,6 +122,7 @@ def fit(
     """
     result, whose = Fit(name), {**(identity or {}), "name": name, "n_steps": n_steps}
     done = _restore(method, result, checkpoint, whose) if checkpoint and checkpoint.exists() else 0
+    planned, n_steps = n_steps, result.cut_to or n_steps
     if done == n_steps:
         return result
     if done:
@@ -127,17 +133,25 @@ def fit(
     pending: list[dict[str, Tensor]] = []
     seconds_before = result.seconds
     start = saved = time.perf_counter()
+    if shorten and done:
+        n_steps = max(done + 1, shorten(done, n_steps, seconds_before))
     guard = no_training_data(name) if method.data_free else contextlib.nullcontext()
     with guard, Progress(name, n_steps, done, show=progress) as line:
         if watch and not done:
             result.snapshots[0] = _to_cpu(watch())
-        for step in range(done + 1, n_steps + 1):
+        step = done
+        while step < n_steps:
+            step += 1
             pending.append(method.step())
             evaluating = step == n_steps or bool(eval_every and step % eval_every == 0)
             if not evaluating and step % read_every:
                 continue
             row = {"step": float(step), **_means(pending, step, name, checkpoint)}
             pending.clear()
+            if shorten:
+                n_steps = max(step, shorten(step, n_steps, seconds_before + time.perf_counter() - start))
+                result.cut_to = n_steps if n_steps < planned else 0
+                evaluating |= step == n_steps
             if evaluating and evaluate:
                 figures = evaluate()
                 result.measures = list(figures)
