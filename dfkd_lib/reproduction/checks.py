@@ -39,10 +39,7 @@ def check() -> list[str]:
     for name, words in steps.items():
         print(f"== {name}", flush=True)
         start = time.perf_counter()
-        if words:
-            ok = not subprocess.run([sys.executable, "-m", *words], **options).returncode
-        else:
-            ok = _book_builds()
+        ok = not subprocess.run([sys.executable, "-m", *words], **options).returncode if words else _book_builds()
         print(f"== {name}: {'passed' if ok else 'FAILED'}, {time.perf_counter() - start:.0f} s", flush=True)
         failed += [] if ok else [name]
     print("== types", flush=True)
