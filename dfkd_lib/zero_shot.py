@@ -1,8 +1,8 @@
 """Recognising classes without labelled samples, in scikit-learn's manner.
 
 :class:`QFSL` and :class:`SelectiveClassifier` take features [N, D] of your own, such as the penultimate features of a
-network that never saw the unseen classes, and one signature per class, [C, A]. See :mod:`.methods.qfsl` and
-:mod:`.methods.selective`.
+network that never saw the unseen classes, or images and that network, and one signature per class, [C, A]. See
+:mod:`.methods.qfsl` and :mod:`.methods.selective`.
 """
 
 from __future__ import annotations
@@ -16,21 +16,15 @@ import torch
 from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data
-from torch import Tensor
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor, nn
 
-from .data.attributes import normalised
-from .errors import InputError
 from .measures.zero_shot import risk_coverage
 from .methods import qfsl, selective
 from .runtime import Runtime, random_state_kept
+from .zero_shot_input import Array, Refused, checked, named, normalised_signatures
 
-Array = np.ndarray[Any, Any]
 TEMPERATURES, ETAS = (1.0, 4.0, 16.0), (0.0, 0.25, 0.5, 1.0)
-
-
-class Refused(InputError, ValueError):
-    """An `InputError` that code which knows scikit-learn alone can catch, too."""
 
 
 class _ZeroShotClassifier(ClassifierMixin, BaseEstimator, ABC):
@@ -88,32 +82,30 @@ class _ZeroShotClassifier(ClassifierMixin, BaseEstimator, ABC):
 
     def _begin(self, X: Any, y: Any) -> tuple[Tensor, Tensor]:
         """Check everything and note the classes; returns centred features [N, D] and the rows of `self._phi`, [N]."""
-        X, y = _checked(self, X, y, dtype=np.float64)
+        X, y = checked(self, X, y, dtype=np.float64)
         try:
             check_classification_targets(y)
         except ValueError as e:
             raise Refused(" ".join(str(e).split())) from e
         labels, signatures = self._table(y)
-        self._phi = _phi(labels, signatures)
+        self._phi = normalised_signatures(labels, signatures)
         self.seen_classes_ = np.unique(y)
         if len(self.seen_classes_) < 2:
-            raise Refused(
-                f"y has one class, {_named(self.seen_classes_[0])}; label samples of two seen classes or more"
-            )
+            raise Refused(f"y has one class, {named(self.seen_classes_[0])}; label samples of two seen classes or more")
         known = set(labels.tolist())
         for label in self.seen_classes_.tolist():
             if label not in known:
                 raise Refused(
-                    f"class {_named(label)} has samples and no signature; add its row, and its name to classes"
+                    f"class {named(label)} has samples and no signature; add its row, and its name to classes"
                 )
         for label in () if self.unseen is None else self.unseen:
             if label in self.seen_classes_:
                 raise Refused(
-                    f"class {_named(label)} is declared unseen and has labelled samples; take it out of unseen"
+                    f"class {named(label)} is declared unseen and has labelled samples; take it out of unseen"
                 )
             if label not in known:
                 raise Refused(
-                    f"class {_named(label)} is declared unseen and has no signature; add its row to signatures"
+                    f"class {named(label)} is declared unseen and has no signature; add its row to signatures"
                 )
         rest = np.setdiff1d(labels, self.seen_classes_)
         self.unseen_classes_ = rest if self.unseen is None else np.unique(np.asarray(self.unseen))
@@ -132,49 +124,11 @@ class _ZeroShotClassifier(ClassifierMixin, BaseEstimator, ABC):
 
     def _features(self, X: Any) -> Tensor:
         check_is_fitted(self)
-        return self._centred(_checked(self, X, dtype=np.float64, reset=False))
+        return self._centred(checked(self, X, dtype=np.float64, reset=False))
 
     def _runtime(self) -> Runtime:
         seed = int(check_random_state(self.random_state).randint(2**31))
         return Runtime(torch.device(self.device), seed=seed)
-
-
-def _checked(estimator: Any, X: Any, *y: Any, **options: Any) -> Any:
-    """scikit-learn's checks, whose complaints become one line."""
-    try:
-        return validate_data(estimator, X, *y, **options)
-    except ValueError as e:
-        text = " ".join(str(e).split())
-        what, _, _ = text.partition(f" {type(estimator).__name__} does not accept")
-        raise Refused(text if what == text else f"{what} Remove such rows, or fill in numbers") from e
-
-
-def _named(label: Any) -> str:
-    return repr(label.item() if isinstance(label, np.generic) else label)
-
-
-def _phi(labels: Array, signatures: Any) -> Tensor:
-    """Normalised signatures of checked classes, float32 [C, A]."""
-    if signatures.ndim != 2 or len(signatures) != len(labels):
-        raise Refused(
-            f"signatures are {list(signatures.shape)} for {len(labels)} classes; pass one row per class, [C, A]"
-        )
-    if len(set(labels.tolist())) < len(labels):
-        raise Refused("a class is named twice in classes; name each once, in the order of the rows of signatures")
-    try:
-        values = torch.from_numpy(signatures.astype(np.float32))
-    except (TypeError, ValueError) as e:
-        raise Refused("signatures are not numbers; encode each attribute as one") from e
-    bad = (~values.isfinite()).nonzero()
-    if len(bad):
-        c, a = bad[0].tolist()
-        raise Refused(f"attribute {a} of class {_named(labels[c])} is {float(values[c, a])}; fill in a number")
-    phi = normalised(values)
-    same = ((phi @ phi.T) > 1 - 1e-6).triu(1).nonzero()
-    if len(same):
-        one, other = (_named(labels[c]) for c in same[0].tolist())
-        raise Refused(f"classes {one} and {other} have the same signature; add an attribute that tells them apart")
-    return phi
 
 
 class QFSL(_ZeroShotClassifier):
@@ -188,6 +142,8 @@ class QFSL(_ZeroShotClassifier):
         lam: lambda, how strongly unlabelled samples are pulled to the unseen classes; too much locks them into one.
         warm_up: updates over which lambda rises.
         scale, dropout, lr, weight_decay, batch_size, n_steps: see :class:`~.methods.qfsl.Settings`.
+        embedding: a network, images [B, C, H, W] in [0, 1] -> features [B, D]; X are then such images. It is frozen,
+            and must not have learnt from an unseen class. One that learns along: :mod:`.methods.qfsl_images`.
         device: as torch names it. random_state: a number gives the same result again.
 
     Raises:
@@ -209,13 +165,14 @@ class QFSL(_ZeroShotClassifier):
         weight_decay: float = 1e-3,
         batch_size: int = 128,
         n_steps: int = 500,
+        embedding: nn.Module | None = None,
         device: str = "cpu",
         random_state: Any = 0,
     ) -> None:
         self.signatures, self.classes, self.unseen, self.generalised = signatures, classes, unseen, generalised
         self.lam, self.warm_up, self.scale, self.dropout = lam, warm_up, scale, dropout
         self.lr, self.weight_decay, self.batch_size, self.n_steps = lr, weight_decay, batch_size, n_steps
-        self.device, self.random_state = device, random_state
+        self.embedding, self.device, self.random_state = embedding, device, random_state
 
     def fit(self, X: Any, y: Any, unlabelled: Any = None) -> QFSL:
         """Learn from labelled samples of seen classes and, if given, unlabelled ones of unseen classes.
@@ -226,7 +183,7 @@ class QFSL(_ZeroShotClassifier):
                 Without them training is inductive and lambda is of no use.
         """
         features, labels = self._begin(X, y)
-        pool = None if unlabelled is None else self._centred(_checked(self, unlabelled, dtype=np.float64, reset=False))
+        pool = None if unlabelled is None else self._centred(checked(self, unlabelled, dtype=np.float64, reset=False))
         if pool is not None and not self._unseen.any():
             raise Refused("unlabelled samples need an unseen class to be of; add its signature, or leave them out")
         settings = qfsl.Settings(
@@ -256,7 +213,7 @@ class SelectiveClassifier(_ZeroShotClassifier):
     knows of risk.
 
     Args:
-        signatures, classes, unseen, generalised, device, random_state: as of :class:`QFSL`.
+        signatures, classes, unseen, generalised, embedding, device, random_state: as of :class:`QFSL`.
         m: residual attributes.
         temperature, eta: of the confidence; None chooses.
         folds: how often a part of the seen classes plays unseen. 0 needs temperature and eta.
@@ -285,6 +242,7 @@ class SelectiveClassifier(_ZeroShotClassifier):
         weight_decay: float = 1e-3,
         batch_size: int = 128,
         n_steps: int = 500,
+        embedding: nn.Module | None = None,
         device: str = "cpu",
         random_state: Any = 0,
     ) -> None:
@@ -292,7 +250,7 @@ class SelectiveClassifier(_ZeroShotClassifier):
         self.m, self.temperature, self.eta, self.folds = m, temperature, eta, folds
         self.tau, self.mu_r, self.mu_c, self.beta = tau, mu_r, mu_c, beta
         self.lr, self.weight_decay, self.batch_size, self.n_steps = lr, weight_decay, batch_size, n_steps
-        self.device, self.random_state = device, random_state
+        self.embedding, self.device, self.random_state = embedding, device, random_state
 
     def fit(self, X: Any, y: Any) -> SelectiveClassifier:
         """Learn defined and residual attributes from labelled samples of seen classes: X [N, D], y [N]."""

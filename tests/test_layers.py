@@ -33,6 +33,7 @@ FRONT = [
     "teachers",
     "transferring",
     "zero_shot",
+    "zero_shot_input",
 ]
 
 ARROWS = {
@@ -94,7 +95,8 @@ ARROWS = {
     "reports": ["files", "training", "distillers", "distilling", "report_images"],
     "reusing": [*GROUND, *TENSORS, *OWN, *WORK, "methods"],
     "transferring": [*GROUND, *TENSORS, *OWN, *WORK, "methods"],
-    "zero_shot": [*GROUND, *TENSORS, *WORK, "methods"],
+    "zero_shot_input": ["data", "errors", "training"],
+    "zero_shot": [*GROUND, *TENSORS, *WORK, "methods", "zero_shot_input"],
     "__init__": ["distilling", "distilling_text", "reusing", "transferring", "zero_shot"],
     "reproduction": ["__init__", "records", *GROUND, *TENSORS, *OWN, *WORK, "methods", *FRONT],
     "__main__": ["reproduction"],

@@ -371,6 +371,37 @@ def test_the_estimator_repeats_clones_and_leaves_global_randomness_alone(toy: To
     assert again.get_params()["lam"] == 0.5 and not hasattr(again, "classes_")
 
 
+def test_images_with_an_embedding_are_its_features(toy: Toy) -> None:
+    flat = ((toy.features - toy.features.min()) / (toy.features.max() - toy.features.min())).float()
+    theta = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.BatchNorm1d(flat.shape[1]))
+    theta[1].running_mean.fill_(0.1)
+    before = {name: value.clone() for name, value in theta.state_dict().items()}
+    features = theta.eval()(flat).detach().numpy()
+    theta.train()
+    x, y = flat[:, :, None, None].numpy(), toy.labels.numpy()
+    by_images, by_features = estimator(toy, embedding=theta), estimator(toy)
+    by_images.fit(x[toy.fit], y[toy.fit], x[toy.pool])
+    by_features.fit(features[toy.fit], y[toy.fit], features[toy.pool])
+    assert np.allclose(by_images.predict_proba(x[toy.test]), by_features.predict_proba(features[toy.test]), atol=1e-4)
+    assert theta.training and all(torch.equal(before[name], value) for name, value in theta.state_dict().items())
+    assert clone(by_images).embedding is not theta
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((2, 3)), r"X are images [N, C, H, W] in [0, 1], floating-point, not [2, 3]"),
+        (np.full((2, 1, 2, 2), 7.0), "in [0, 1]"),
+        (np.zeros((2, 1, 2, 2)), "the embedding returns [2, 1, 2, 2], not features [N, D]"),
+        (np.zeros((2, 3, 2, 2)), "the embedding fails on images [3, 2, 2]"),
+    ],
+)
+def test_images_that_an_embedding_cannot_take_are_one_clear_line(images: Any, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        QFSL(torch.eye(3), embedding=torch.nn.Conv2d(1, 1, 1)).fit(images, [0, 1])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_labels_of_unseen_samples_cannot_enter(toy: Toy) -> None:
     """fit has no place for them, and a label of a class that is declared unseen is refused."""
     x, y = toy.features.numpy(), toy.labels.numpy()
