@@ -103,7 +103,8 @@ def section(found: dict[str, Any]) -> str:
         )
     if one := found.get("distilled"):
         text += (
-            f"\n*The run of the next section: {one['student updates']:,} updates in {one['minutes']:.1f} minutes at {one['side']} pixels; "
+            f"\n*The run of the next section: {one['student updates']:,} updates in {one['minutes']:.1f} minutes at "
+            f"{one['side']} pixels; "
             f"agreement {one['agreement']:.1%} on {one['compared']} fresh synthetic images, where the teacher names "
             f"{one['classes named']} of 1,000 classes; {one['networks']['teacher']:,} to "
             f"{one['networks']['student']:,} parameters.*\n"
