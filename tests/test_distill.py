@@ -405,7 +405,7 @@ IMAGES, LABELS = torch.zeros(4, *SHAPE, dtype=torch.uint8), torch.zeros(4, dtype
         ({"test": (IMAGES, LABELS + 5)}, "labels must lie in 0..4"),
         ({"test": (IMAGES[:, :, :4], LABELS)}, "the test images have shape (1, 4, 8)"),
         ({"test": (IMAGES, LABELS[:2])}, "labels of uint8"),
-        ({"test": ImageSet(IMAGES, name="mine", split="test")}, "need one label each"),
+        ({"test": ImageSet(IMAGES, name="mine", split="test")}, "need one label or mask each"),
     ],
 )
 def test_what_does_not_fit_is_said_at_once(changes, said):

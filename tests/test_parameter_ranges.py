@@ -74,7 +74,7 @@ def values(parameter: Parameter) -> st.SearchStrategy[Any]:
         return elements(default, parameter)
     least = 0 if "none:" in parameter.help else 1
     if parameter.range.startswith("{"):
-        each = elements(default[0], parameter)
+        each = elements("", parameter)
         some = st.lists(each, min_size=least, max_size=2, unique=True)
         return st.just(default) | some if parameter.name == "parts" else some
     if not isinstance(default[0], int | float):
