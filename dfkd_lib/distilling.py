@@ -316,15 +316,24 @@ def distill(
     }
     trained = players.handed_back(student)
     if folder:
-        for what, write in (("student", partial(lending.save, trained, folder / "student.safetensors")),
-                            ("record", partial(records.write, folder, record))):  # fmt: skip
-            try:
-                write()
-            except DFKDError as e:
-                told.append(f"{e}; the {what} is in the result all the same: keep it from there")
-                warnings.warn(told[-1], stacklevel=2)
+        keep(trained, record, folder)
     shown = judging.evenly(fresh["images"], 64)
     return Distilled(trained, agreement, classes_named, figures, shown, budget, run.seconds, run, record)
+
+
+def keep(student: nn.Module, record: dict[str, Any], folder: Path) -> None:
+    """Write the weights and the record; what cannot be written is a warning, there and in the record that is handed on.
+
+    Args:
+        record: its "warnings" are added to.
+    """
+    for what, write in (("student", partial(lending.save, student, folder / "student.safetensors")),
+                        ("record", partial(records.write, folder, record))):  # fmt: skip
+        try:
+            write()
+        except DFKDError as e:
+            record["warnings"].append(f"{e}; the {what} is in the result all the same: keep it from there")
+            warnings.warn(record["warnings"][-1], stacklevel=3)
 
 
 def _preset(image_shape: tuple[int, int, int]) -> str:

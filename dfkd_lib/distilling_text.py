@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from . import checking, lending, records
 from .data.sentences import SentenceSet, Vocabulary
 from .data.text import encode, vocabulary_of
-from .errors import DFKDError, InputError, unknown
+from .distilling import keep
+from .errors import InputError, unknown
 from .files import lock, output_folder
 from .measures.evaluation import agreement
 from .methods.as_dfd import ASDFD, Settings
@@ -213,12 +214,7 @@ def distill_text(
     lending.like(trained, student)
     trained.eval()
     if folder:
-        try:
-            lending.save(trained, folder / "student.safetensors")
-            records.write(folder, record)
-        except DFKDError as e:
-            told.append(f"{e}; the student is in the result all the same: keep it from there")
-            warnings.warn(told[-1], stacklevel=2)
+        keep(trained, record, folder)
     return DistilledText(
         trained, figures["agreement"], figures["agreement on words"], int(figures["classes named"]), accuracy, budget,
         run.seconds, run, record,

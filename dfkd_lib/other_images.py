@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from .data import ImageSet
-from .distillers import UPDATES
-from .errors import InputError, unknown
 from .methods import mosaickd
 from .models import build_discriminator, build_generator
+from .own_images import checked
 from .runtime import Runtime
-from .settings import made, typed
+from .settings import made
 
 _LIKE_DIGITS = {"latent_dim": 32, "ngf": 16, "ndf": 16, "batch_size": 64, "lr_generator": 3e-3,
                 "lr_discriminator": 3e-3, "flip": False}  # fmt: skip
@@ -53,15 +52,7 @@ def settings_for(
     Raises:
         InputError: unknown preset or setting, or a value that cannot be.
     """
-    if preset not in UPDATES:
-        raise unknown("preset", preset, UPDATES)
-    n_updates = typed("n_updates", UPDATES[preset] if n_updates is None else n_updates, int)
-    if n_updates < 1:
-        raise InputError(f"n_updates must be at least 1, not {n_updates}")
-    known = [f.name for f in fields(Settings) if f.name not in ("n_updates", "n_steps")]
-    for key in given:
-        if key not in known:
-            raise unknown("setting of mosaickd", key, known)
+    n_updates = checked("mosaickd", preset, n_updates, given, Settings, "n_steps")
     side = min(image_shape[1:])
     ours: dict[str, Any] = {"patch": "patch5" if side < 16 else "patch22" if dense and side >= 64 else "patch10"}
     ours |= _LIKE_DIGITS if preset in ("digits", "mnist") else {}

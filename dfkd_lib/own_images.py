@@ -48,20 +48,37 @@ def settings_for(preset: str, n_updates: int | None, given: Mapping[str, Any]) -
     Raises:
         InputError: unknown preset or setting, or a value that cannot be.
     """
-    if preset not in UPDATES:
-        raise unknown("preset", preset, UPDATES)
-    n_updates = typed("n_updates", UPDATES[preset] if n_updates is None else n_updates, int)
-    if n_updates < 1:
-        raise InputError(f"n_updates must be at least 1, not {n_updates}")
-    known = [f.name for f in fields(Settings) if f.name not in ("n_updates", "crop")]
-    for key in given:
-        if key not in known:
-            raise unknown("setting of kd", key, known)
+    n_updates = checked("kd", preset, n_updates, given, Settings, "crop")
     ours = {
         "milestones": (n_updates * 60 // 100, n_updates * 85 // 100),
         "augment": preset not in ("digits", "mnist"),
     }
     return made(Settings, {**ours, **given, "n_updates": n_updates})
+
+
+def checked(
+    method: str, preset: str, n_updates: int | None, given: Mapping[str, Any], kind: type[Any], *derived: str
+) -> int:
+    """How many student updates are asked of a method on pictures; None takes the preset's number.
+
+    Args:
+        given: settings of the method.
+        kind: its dataclass of settings, which has `n_updates`.
+        derived: its fields that cannot be given, besides that.
+
+    Raises:
+        InputError: unknown preset or setting, or less than one update.
+    """
+    if preset not in UPDATES:
+        raise unknown("preset", preset, UPDATES)
+    n_updates = typed("n_updates", UPDATES[preset] if n_updates is None else n_updates, int)
+    if n_updates < 1:
+        raise InputError(f"n_updates must be at least 1, not {n_updates}")
+    known = [f.name for f in fields(kind) if f.name not in ("n_updates", *derived)]
+    for key in given:
+        if key not in known:
+            raise unknown(f"setting of {method}", key, known)
+    return n_updates
 
 
 def pictures(folder: str, image_shape: tuple[int, int, int]) -> ImageSet:

@@ -24,7 +24,7 @@ class Refused(InputError, ValueError):
 def checked(estimator: Any, X: Any, *y: Any, **options: Any) -> Any:
     """scikit-learn's checks, whose complaints become one line; images become features first, see :func:`embedded`."""
     if estimator.embedding is not None:
-        X = embedded(estimator.embedding, X, estimator.device)
+        X = embedded(estimator.embedding, X)
     try:
         return validate_data(estimator, X, *y, **options)
     except ValueError as e:
@@ -61,8 +61,8 @@ def normalised_signatures(labels: Array, signatures: Any) -> Tensor:
     return phi
 
 
-def embedded(embedding: nn.Module, images: Any, device: str) -> Array:
-    """Features of images by a network in eval mode, which stays as it was.
+def embedded(embedding: nn.Module, images: Any) -> Array:
+    """Features of images by a network in eval mode, on its own device; it stays as it was.
 
     Args:
         embedding: images [B, C, H, W] -> features [B, D].
@@ -77,10 +77,10 @@ def embedded(embedding: nn.Module, images: Any, device: str) -> Array:
     x = torch.as_tensor(np.asarray(images))
     if x.ndim != 4 or not len(x) or not x.is_floating_point() or not 0 <= float(x.min()) <= float(x.max()) <= 1:
         raise Refused(f"with an embedding X are images [N, C, H, W] in [0, 1], floating-point, not {list(x.shape)}")
-    network = embedding.to(device)
+    like: Tensor = next(embedding.parameters(), torch.empty(0))
     try:
-        with torch.no_grad(), evaluating(network):
-            features = torch.cat([network(part.float().to(device)) for part in x.split(_BATCH)])
+        with torch.no_grad(), evaluating(embedding):
+            features = torch.cat([embedding(part.to(like)) for part in x.split(_BATCH)])
     except Exception as e:  # a network of somebody else's raises what it likes
         raise Refused(f"the embedding fails on images {list(x.shape[1:])}: {first_line(e)}") from e
     if not isinstance(features, Tensor) or features.ndim != 2:

@@ -59,7 +59,7 @@ ARROWS = {
     "teachers": [*GROUND, *TENSORS, *WORK],
     "prepared": ["runtime", "checking", "lending", "training"],
     "own_images": [*GROUND, "data", "training", "distillers"],
-    "other_images": [*GROUND, "data", "models", "methods", "distillers"],
+    "other_images": [*GROUND, "data", "models", "methods", "own_images"],
     "deadlines": [],
     "own_maps": ["arguments", "data", "errors"],
     "planning": [
@@ -88,7 +88,7 @@ ARROWS = {
         "own_images",
         "records",
     ],
-    "distilling_text": [*GROUND, *TENSORS, *OWN, *WORK, "methods", "records"],
+    "distilling_text": [*GROUND, *TENSORS, *OWN, *WORK, "methods", "records", "distilling"],
     "loading_networks": ["errors"],
     "exporting": ["errors", "files", "runtime", "lending", "training"],
     "report_images": ["distilling", "judging", "lending", "training"],

@@ -220,7 +220,7 @@ def test_lambda_rises_in_a_line(toy: Toy) -> None:
     method = toy.method(lam=2.0, warm_up=4)
     found = []
     for _ in range(6):
-        found.append(method.weight())
+        found.append(method.settings.lam_at(method.steps))
         method.step()
     assert found == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
 

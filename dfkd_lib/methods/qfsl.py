@@ -8,8 +8,8 @@ to be low. QFSL also has unlabelled images of target classes, and asks of each t
     L = mean -ln p_y(x_s)  +  lambda mean -ln sum_{y in Y_t} p_y(x_t)  +  gamma |W|^2.
 
 Here theta is frozen, so a method takes features; :mod:`.qfsl_images` takes images and a theta that may learn along.
-:class:`QuasiFullySupervised` is the algorithm; lambda = 0 is the inductive baseline. The other
-baselines are functions: calibrated stacking and ESZSL.
+:class:`QuasiFullySupervised` is the algorithm; lambda = 0 is the inductive baseline. The other baselines are functions:
+calibrated stacking and ESZSL.
 """
 
 from __future__ import annotations
@@ -97,6 +97,17 @@ class Settings:
             value = getattr(self, name)
             if value < 0 or (end is not None and value >= end):
                 raise InputError(f"{name} must be 0 or more{' and below 1' if end else ''}, not {value!r}")
+
+    def lam_at(self, steps: int) -> float:
+        """lambda of the update after `steps` others: it rises in a line over the warm-up."""
+        return self.lam * min(1.0, (steps + 1) / max(1, self.warm_up))
+
+
+def dropped(x: Tensor, p: float, generator: torch.Generator) -> Tensor:
+    """Dropout with a random stream of its own: a value becomes nought with probability p, the others grow."""
+    if not p:
+        return x
+    return x * (torch.rand(x.shape, generator=generator, device=x.device) >= p) / (1 - p)
 
 
 class Scoring(nn.Module):
@@ -191,7 +202,7 @@ class QuasiFullySupervised(Resumable):
             s = self.scores_with_dropout(self.unlabelled[at], self.drops_target)
             target_loss = self.target_loss(s, at)
             if self.settings.lam:
-                loss = classification + self.weight() * target_loss
+                loss = classification + self.settings.lam_at(self.steps) * target_loss
             metrics["target loss"] = target_loss.detach()
             metrics["P_t target"] = target_mass(s.detach(), self.target).mean()
         self.optimizer.zero_grad(set_to_none=True)
@@ -200,16 +211,9 @@ class QuasiFullySupervised(Resumable):
         self.steps += 1
         return metrics
 
-    def weight(self) -> float:
-        """lambda at this update, after its warm-up."""
-        return self.settings.lam * min(1.0, (self.steps + 1) / max(1, self.settings.warm_up))
-
     def scores_with_dropout(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """Scores [B, C] of features [B, D] of which a random part is dropped."""
-        if self.settings.dropout:
-            kept = torch.rand(x.shape, generator=generator, device=x.device) >= self.settings.dropout
-            x = x * kept / (1 - self.settings.dropout)
-        s: Tensor = self.network(x)
+        s: Tensor = self.network(dropped(x, self.settings.dropout, generator))
         return s
 
     def target_loss(self, s: Tensor, at: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from ..taps import logits_and_features
 from ..training.modes import evaluating
 from ..training.players import Resumable, update
 from ..training.schedules import cosine
-from .qfsl import BIAS, Scoring, Settings, bias_loss, target_mass
+from .qfsl import BIAS, Scoring, Settings, bias_loss, dropped, target_mass
 
 
 class Embedding(nn.Module):
@@ -146,16 +146,12 @@ class QFSLOnImages(Resumable):
         }
         if len(of_target):
             target_loss = bias_loss(of_target, self.target)
-            loss = classification + self.weight() * target_loss
+            loss = classification + chosen.lam_at(self.steps) * target_loss
             metrics["target loss"] = target_loss.detach()
             metrics["P_t target"] = target_mass(of_target.detach(), self.target).mean()
         update(self.optimizer, loss, self.scaler)
         self.steps += 1
         return metrics
-
-    def weight(self) -> float:
-        """lambda at this update, after its warm-up."""
-        return self.settings.lam * min(1.0, (self.steps + 1) / max(1, self.settings.warm_up))
 
     def training_scores(self, x: Tensor) -> Tensor:
         """Scores [B, C] of a batch of both kinds of images in one pass, with crops, flips and dropout."""
@@ -164,10 +160,7 @@ class QFSLOnImages(Resumable):
         self.theta.train(self.rate > 0)
         with torch.set_grad_enabled(self.rate > 0), self.runtime.autocast():
             features = self.theta(x).float()
-        if self.settings.dropout:
-            kept = torch.rand(features.shape, generator=self.drops, device=features.device) >= self.settings.dropout
-            features = features * kept / (1 - self.settings.dropout)
-        s: Tensor = self.network(features)
+        s: Tensor = self.network(dropped(features, self.settings.dropout, self.drops))
         return s
 
     def scores(self, images: ImageSet) -> Tensor:
