@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from .checking import returns_out
 from .errors import DFKDError, InputError, first_line
 from .files import replace_file
-from .lending import borrowed
-from .runtime import random_state_kept
+from .lending import LogitsAlone, borrowed
+from .runtime import Runtime, random_state_kept
 from .training.modes import still
 
 _CLOSE = 1e-3  # of the largest logit, between the file and the network
@@ -38,7 +39,8 @@ def check_onnx_packages() -> None:
 def write_onnx(network: nn.Module, path: Path, image_shape: Sequence[int]) -> float:
     """Write a network as ONNX, and compare what the file computes with the network.
 
-    The file takes "images", float32 [B, C, H, W] as the network does, for any B, and gives "logits" [B, K].
+    The file takes "images", float32 [B, C, H, W] as the network does, for any B, and gives "logits": [B, K], or those
+    of every pixel, [B, K, H, W]. Of a network that returns a dictionary the file gives what is under "out".
 
     Args:
         network: in eval mode.
@@ -56,6 +58,8 @@ def write_onnx(network: nn.Module, path: Path, image_shape: Sequence[int]) -> fl
 
     model = borrowed(network, "student").float().cpu().eval()
     x = torch.rand(3, *image_shape, generator=torch.Generator().manual_seed(0))
+    if returns_out(model, image_shape, Runtime.choose("cpu", "float32")):
+        model = LogitsAlone(model).eval()
     with replace_file(path) as temporary, random_state_kept("cpu"):
         try:
             with warnings.catch_warnings(), _quiet("torch.onnx"):

@@ -128,6 +128,17 @@ def test_without_the_packages_one_line_says_how_to_get_them(
     assert not [*tmp_path.iterdir()]
 
 
+class Maps(nn.Module):
+    """Logits for every pixel in a dictionary, as torchvision's segmenters return them, with an auxiliary head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out, self.aux = nn.Conv2d(1, 3, 3, padding=1), nn.Conv2d(1, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"aux": self.aux(x), "out": self.out(x)}
+
+
 def test_the_file_computes_what_the_student_computes(result: Distilled, tmp_path: Path) -> None:
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package)
@@ -141,10 +152,15 @@ def test_the_file_computes_what_the_student_computes(result: Distilled, tmp_path
         assert torch.allclose(torch.from_numpy(logits), result.student(x), atol=1e-4)
     assert all(torch.equal(value, before[key]) for key, value in result.student.state_dict().items())
 
+    maps = Maps().eval()
+    assert write_onnx(maps, tmp_path / "maps.onnx", (1, 8, 8)) < 1e-3
+    (logits,) = runtime.InferenceSession(tmp_path / "maps.onnx").run(["logits"], {"images": x.numpy()})
+    assert torch.allclose(torch.from_numpy(logits), maps(x)["out"], atol=1e-4) and logits.shape == (4, 3, 8, 8)
+
     class Odd(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x.flatten(1)[:, : 2 + int(x.sum() > 0)]
 
     with pytest.raises(DFKDError, match="cannot be written as ONNX"):
         write_onnx(Odd(), tmp_path / "odd.onnx", (1, 8, 8))
-    assert [path.name for path in tmp_path.iterdir()] == ["s.onnx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["maps.onnx", "s.onnx"]
