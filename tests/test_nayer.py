@@ -16,17 +16,15 @@ from dfkd_lib import data, losses, models
 from dfkd_lib.errors import InputError
 from dfkd_lib.measures.evaluation import accuracy
 from dfkd_lib.methods import nayer
+from dfkd_lib.methods.class_codes import CLIP_GRAM, CODES, class_codes
 from dfkd_lib.methods.inversion import batch_norm_loss
 from dfkd_lib.methods.nayer import (
-    CLIP_GRAM,
-    CODES,
     NAYER,
     PRESETS,
     Embedding,
     NoisyLayers,
     Settings,
     block_targets,
-    class_codes,
     draw_default_weights,
 )
 from dfkd_lib.runtime import Runtime
