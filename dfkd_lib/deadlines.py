@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+MOST = 2  # times the steps that were planned: what memory is checked for
 _TOLERATED = 0.05  # of the steps that are left: less is not worth moving the end
 
 
@@ -24,7 +25,7 @@ class Plan:
 
 
 class Deadline:
-    """Keeps a run to its time: where the steps have become slower, the rest is made shorter, never longer than planned.
+    """Keeps a run to its time: where the steps become slower the rest is made shorter, where they are faster longer.
 
     The schedules of learning rates are moved with the end, so that they reach it.
 
@@ -55,7 +56,7 @@ class Deadline:
         if self.pace:
             fits = step + max(0, math.floor((self.plan.seconds - seconds) / self.pace))
             if abs(fits - n_steps) > _TOLERATED * (n_steps - step) or fits <= step:
-                n_steps = min(self.n_steps, fits)
+                n_steps = min(MOST * self.n_steps, fits)
         self._schedule(n_steps)
         return n_steps
 

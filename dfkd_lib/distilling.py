@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import arguments, checking, judging, lending, planning, records
 from .compiling import pays
 from .data import ImageSet
-from .deadlines import Deadline
+from .deadlines import MOST, Deadline
 from .errors import DFKDError, InputError, unknown
 from .files import lock, output_folder
 from .measures.evaluation import evaluate
@@ -253,7 +253,7 @@ def distill(
                 runtime.prepare(network)
         algorithm, n_steps = way.begun(players, runtime, n_updates)
         checking.check_visits(algorithm.teacher, _read_layers(algorithm), shape, runtime)
-        need = planning.memory(algorithm, players, shape, n_steps)
+        need = planning.memory(algorithm, players, shape, n_steps if plan is None else MOST * n_steps)
         planning.check_memory(need, runtime.device)
         planning.say(str(need), progress and need.total >= planning.WORTH_A_WORD)
         told += _large_bank(algorithm, n_steps)
@@ -272,9 +272,9 @@ def distill(
             checkpoint=checkpoint,
             identity={"seed": seed, **asked["settings"], **asked},
             progress=progress,
-            shorten=None if plan is None else Deadline(algorithm, way.settings, plan, n_steps),
+            move_end=None if plan is None else Deadline(algorithm, way.settings, plan, n_steps),
         )
-        if run.cut_to:
+        if run.moved_to and algorithm.budget.student_updates < n_updates:
             told.append(f"the machine was slower than measured before the run: {algorithm.budget.student_updates:,} of "
                         f"{n_updates:,} updates were taken, as many as ended in {minutes:g} minutes")  # fmt: skip
             warnings.warn(told[-1], stacklevel=2)

@@ -64,23 +64,33 @@ def test_a_machine_that_slows_down_moves_the_end(watch: Watch, slower: float) ->
     with pytest.warns(UserWarning, match="slower than measured.* as many as ended in 2 minutes"):
         made = distil(minutes=2, k=2)
     assert 0.85 * 120 <= watch.now <= 1.1 * 120
-    assert made.budget.student_updates == 2 * made.fit.cut_to < made.record["parameters"]["settings"]["n_updates"]
+    assert made.budget.student_updates == 2 * made.fit.moved_to < made.record["parameters"]["settings"]["n_updates"]
     assert any("slower than measured" in line for line in made.record["warnings"])
 
 
 def test_a_steady_machine_is_left_alone(watch: Watch) -> None:
     made = distil(minutes=1)
-    assert made.fit.cut_to == 0 and not any("slower" in line for line in made.record["warnings"])
+    assert made.fit.moved_to == 0 and not any("slower" in line for line in made.record["warnings"])
     assert 0.85 * 60 <= watch.now <= 60
 
 
+@pytest.mark.parametrize("slower", [0.75, 0.25])
+def test_a_machine_that_was_busy_during_the_measurement_is_used_to_the_end(watch: Watch, slower: float) -> None:
+    watch.late, watch.slower = 5, slower
+    made = distil(minutes=1)
+    first = made.record["parameters"]["settings"]["n_updates"]
+    assert first < made.budget.student_updates == made.fit.moved_to <= 2 * first and not made.record["warnings"]
+    assert watch.now <= 60 and (made.fit.moved_to == 2 * first or watch.now >= 0.85 * 60)
+
+
+@pytest.mark.parametrize("slower", [3.0, 0.6])
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_the_same_call_reads_a_shortened_run(watch: Watch, tmp_path: Path) -> None:
-    watch.late, watch.slower = 8, 3.0
+def test_the_same_call_reads_a_run_whose_end_was_moved(watch: Watch, tmp_path: Path, slower: float) -> None:
+    watch.late, watch.slower = 8, slower
     first = distil(minutes=1, out=tmp_path)
     ended = watch.now
     again = distil(minutes=1, out=tmp_path)
-    assert watch.now == ended and again.fit.cut_to == first.fit.cut_to > 0
+    assert watch.now == ended and again.fit.moved_to == first.fit.moved_to > 0
     assert again.agreement == first.agreement
 
 
@@ -100,7 +110,7 @@ def test_an_interrupted_run_counts_what_it_has_spent(
     watch.late, watch.slower = 0, 2.0
     watch.now += 10_000  # between the calls
     made = distil(minutes=2, out=tmp_path)
-    assert 0.8 * 120 <= watch.now - 10_000 <= 1.1 * 120 and made.fit.cut_to > 0
+    assert 0.8 * 120 <= watch.now - 10_000 <= 1.1 * 120 and made.fit.moved_to > 0
 
 
 def test_pictures_keep_their_time_too(watch: Watch, tmp_path: Path) -> None:

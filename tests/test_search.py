@@ -59,14 +59,16 @@ def test_trials_are_recorded_and_run_once(tmp_path):
     assert len(second["trials"]) == 3
 
 
-# The best trial of DFAD (KL divergence) collapsed with another seed; in one stage its rate follows from DFAD's.
-INSTEAD = {"dfad": 2, "dfad-one-stage": 0}
+# The best trial of DFAD (KL divergence) collapsed with another seed. In one stage two faster generators did better in
+# the search, and the preset's length is half as long again: the slowest is the one that is not outrun by it.
+INSTEAD = {"dfad": 2, "dfad-one-stage": 1}
 
 
-def test_the_presets_are_the_best_trials_of_the_stored_search_or_equal_to_them():
+@pytest.mark.parametrize("name", ["search-mnist", "search-mnist-cpnet"])
+def test_the_presets_are_the_best_trials_of_the_stored_search_or_equal_to_them(name):
     folder = ROOT / "benchmarks"
-    plan = yaml.safe_load((folder / "search-mnist.yml").read_text())
-    trials = json.loads((folder / "search-mnist.json").read_text())["trials"]
+    plan = yaml.safe_load((folder / f"{name}.yml").read_text())
+    trials = json.loads((folder / f"{name}.json").read_text())["trials"]
     for name, asked in plan["methods"].items():
         own = [t for t in trials if t["method"] == name]
         assert [t["settings"] for t in own] == [asked["base"] | trial for trial in asked["trials"]], name

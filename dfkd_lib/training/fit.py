@@ -50,7 +50,8 @@ class Fit:
         snapshots: {step: {name: tensor}} as returned by `watch`.
         resumed_at: the steps that a checkpoint was continued from, in order; empty for a run without a break. To read
             a finished run again is no break.
-        cut_to: the steps that the run was cut to, see :func:`fit`; 0 if it was not.
+        moved_to: the steps at which the run ends since `move_end` of :func:`fit` moved its end; 0 if that is where
+            it was.
         sources: fingerprints of the library's source that took the steps, in order: see :func:`fit`.
     """
 
@@ -60,7 +61,7 @@ class Fit:
     snapshots: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     resumed_at: list[int] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
-    cut_to: int = 0
+    moved_to: int = 0
 
     @property
     def seconds(self) -> float:
@@ -92,7 +93,7 @@ def fit(
     checkpoint_every: float = 60.0,
     identity: Mapping[str, Any] | None = None,
     progress: bool = True,
-    shorten: Callable[[int, int, float], int] | None = None,
+    move_end: Callable[[int, int, float], int] | None = None,
 ) -> Fit:
     """Take `n_steps` outer iterations of a method.
 
@@ -112,8 +113,8 @@ def fit(
         evaluate: returns figures of the student, larger is better.
         watch: returns tensors worth keeping, such as generated images.
         progress: show the live line, where there is somebody to look at it.
-        shorten: is told the steps done, those that there shall be and the seconds so far, at every reading and when a
-            run is continued, and returns how many steps there shall be from now on, at most `n_steps`.
+        move_end: is told the steps done, those that there shall be and the seconds so far, at every reading and when a
+            run is continued, and returns how many steps there shall be from now on.
 
     Raises:
         NonFiniteLoss: a metric or a weight is NaN or infinite; the last good checkpoint is kept.
@@ -122,7 +123,7 @@ def fit(
     """
     result, whose = Fit(name), {**(identity or {}), "name": name, "n_steps": n_steps}
     done = _restore(method, result, checkpoint, whose) if checkpoint and checkpoint.exists() else 0
-    planned, n_steps = n_steps, result.cut_to or n_steps
+    planned, n_steps = n_steps, result.moved_to or n_steps
     if done == n_steps:
         return result
     if done:
@@ -133,8 +134,8 @@ def fit(
     pending: list[dict[str, Tensor]] = []
     seconds_before = result.seconds
     start = saved = time.perf_counter()
-    if shorten and done:
-        n_steps = max(done + 1, shorten(done, n_steps, seconds_before))
+    if move_end and done:
+        n_steps = max(done + 1, move_end(done, n_steps, seconds_before))
     guard = no_training_data(name) if method.data_free else contextlib.nullcontext()
     with guard, Progress(name, n_steps, done, show=progress) as line:
         if watch and not done:
@@ -143,15 +144,15 @@ def fit(
         while step < n_steps:
             step += 1
             pending.append(method.step())
-            evaluating = step == n_steps or bool(eval_every and step % eval_every == 0)
-            if not evaluating and step % read_every:
+            due = bool(eval_every and step % eval_every == 0)
+            if step < n_steps and not due and step % read_every:
                 continue
             row = {"step": float(step), **_means(pending, step, name, checkpoint)}
             pending.clear()
-            if shorten:
-                n_steps = max(step, shorten(step, n_steps, seconds_before + time.perf_counter() - start))
-                result.cut_to = n_steps if n_steps < planned else 0
-                evaluating |= step == n_steps
+            if move_end:
+                n_steps = max(step, move_end(step, n_steps, seconds_before + time.perf_counter() - start))
+                line.n_steps, result.moved_to = n_steps, n_steps if n_steps != planned else 0
+            evaluating = due or step == n_steps
             if evaluating and evaluate:
                 figures = evaluate()
                 result.measures = list(figures)
@@ -233,9 +234,10 @@ def _restore(method: Method, result: Fit, path: Path, whose: Mapping[str, Any]) 
         if key not in found or key not in whose or found[key] != whose[key]:
             theirs, ours = (f"{key} = {one[key]!r}" if key in one else f"no {key}" for one in (found, whose))
             raise DamagedFile(f"{path} belongs to another run, with {theirs} where this one has {ours}; {remedy}")
-    if type(step) is not int or not 0 < step <= whose["n_steps"]:
-        raise DamagedFile(f"{path} is damaged: it says step {step!r} of {whose['n_steps']}; {remedy}")
     try:
+        last = fit.get("moved_to") or whose["n_steps"]
+        if type(step) is not int or not 0 < step <= last:
+            raise DamagedFile(f"{path} is damaged: it says step {step!r} of {last}; {remedy}")
         method.load_state_dict(state["method"])
         torch.set_rng_state(random_state["cpu"])
         if "cuda" in random_state and torch.cuda.is_available():
