@@ -274,7 +274,7 @@ def distill(
             progress=progress,
             move_end=None if plan is None else Deadline(algorithm, way.settings, plan, n_steps),
         )
-        if run.moved_to and algorithm.budget.student_updates < n_updates:
+        if run.moved_to and algorithm.budget.student_updates < chosen.n_updates:
             told.append(f"the machine was slower than measured before the run: {algorithm.budget.student_updates:,} of "
                         f"{n_updates:,} updates were taken, as many as ended in {minutes:g} minutes")  # fmt: skip
             warnings.warn(told[-1], stacklevel=2)
