@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .distilling import Distilled, distill
+    from .distilled import Distilled
+    from .distilling import distill
     from .distilling_text import DistilledText, distill_text
     from .reusing import amalgamate, graft
     from .transferring import select_layer, transferability

@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from . import arguments, checking, judging, lending, planning, records
 from .compiling import pays
 from .data import ImageSet
 from .deadlines import MOST, Deadline
-from .errors import DFKDError, InputError, unknown
+from .distilled import Distilled, keep
+from .errors import InputError, unknown
 from .files import lock, output_folder
 from .measures.evaluation import evaluate
 from .methods.diagnosis import without_classes
@@ -32,63 +33,10 @@ from .prepared import prepared
 from .runtime import Runtime, hardware, random_state_kept
 from .settings import typed
 from .training.budget import Budget
-from .training.fit import Fit, fit, resumed
+from .training.fit import fit, resumed
 
 _LARGE_BANK = 1e9  # bytes of stored images that are worth a word before the run
 _LAYOUTS = {"auto": None, "channels-last": True, "contiguous": False}
-
-
-@dataclass(frozen=True)
-class Distilled:
-    """What came out of :func:`distill`.
-
-    Attributes:
-        student: a trained copy of the student that was passed in: in eval mode, on that one's device, without a
-            `torch.compile` or `DataParallel` around it.
-        agreement: share of fresh synthetic images, or of held-back pictures, on which student and teacher name the
-            same class; for segmentation the mean intersection over union of the student's maps with the teacher's.
-            It is the only figure that can be had without labels, and no accuracy: synthetic images are not the images
-            that the student is for, and most methods look for those on which the networks still differ.
-        classes_named: how many different classes the teacher names on those images. Where they are few, agreement
-            is easy and says little.
-        accuracy: of "teacher" and "student" on the test images, for segmentation their mean intersection over union
-            with the masks; empty if none were given.
-        images: some of the images on which the networks were compared, float32 [n, C, H, W] in [0, 1], on the CPU.
-        budget: what was spent.
-        seconds: wall-clock time, resumed parts included.
-        fit: the history of the training metrics.
-        record: all this as JSON knows it, with every setting, the versions of code and packages, and "warnings".
-    """
-
-    student: nn.Module
-    agreement: float
-    classes_named: int
-    accuracy: dict[str, float]
-    images: Tensor
-    budget: Budget
-    seconds: float
-    fit: Fit
-    record: dict[str, Any]
-
-    def __str__(self) -> str:
-        asked = self.record["parameters"]
-        teacher, student = self.record["networks"]["teacher"], self.record["networks"]["student"]
-        seen, fresh = "synthetic images", "fresh synthetic images"
-        if asked["method"] == "kd":
-            seen, fresh = "pictures", "held-back pictures"
-        agreed, right = "agreement", "test accuracy"
-        if "task" in asked:
-            agreed, right = "mean IoU with the teacher", "test mean IoU"
-        lines = [
-            f"{asked['method']}: {self.budget.student_updates:,} student updates on {self.budget.images:,} {seen} in "
-            f"{self.seconds:.0f} s",
-            f"{teacher:,} -> {student:,} parameters ({teacher / max(1, student):.1f} times fewer)",
-            f"{agreed} on {fresh} {self.agreement:.1%}, where the teacher names {self.classes_named} "
-            f"of {asked['num_classes']} classes",
-        ]
-        if self.accuracy:
-            lines.append(f"{right} {self.accuracy['student']:.1%}, teacher {self.accuracy['teacher']:.1%}")
-        return "\n".join([*lines, *(f"warning: {line}" for line in self.record["warnings"])])
 
 
 def distill(
@@ -319,21 +267,6 @@ def distill(
         keep(trained, record, folder)
     shown = judging.evenly(fresh["images"], 64)
     return Distilled(trained, agreement, classes_named, figures, shown, budget, run.seconds, run, record)
-
-
-def keep(student: nn.Module, record: dict[str, Any], folder: Path) -> None:
-    """Write the weights and the record; what cannot be written is a warning, there and in the record that is handed on.
-
-    Args:
-        record: its "warnings" are added to.
-    """
-    for what, write in (("student", partial(lending.save, student, folder / "student.safetensors")),
-                        ("record", partial(records.write, folder, record))):  # fmt: skip
-        try:
-            write()
-        except DFKDError as e:
-            record["warnings"].append(f"{e}; the {what} is in the result all the same: keep it from there")
-            warnings.warn(record["warnings"][-1], stacklevel=3)
 
 
 def _preset(image_shape: tuple[int, int, int]) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import checking, lending, records
 from .data.sentences import SentenceSet, Vocabulary
 from .data.text import encode, vocabulary_of
-from .distilling import keep
+from .distilled import keep
 from .errors import InputError, unknown
 from .files import lock, output_folder
 from .measures.evaluation import agreement

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import judging, lending
-from .distilling import Distilled
+from .distilled import Distilled
 from .training.modes import still
 
 _PER_CLASS, _CLASSES, _LARGEST = 4, 12, 96  # images shown of a class, classes shown, pixels on the longer side

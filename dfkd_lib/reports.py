@@ -9,8 +9,8 @@ from pathlib import Path
 
 from torch import nn
 
+from .distilled import Distilled
 from .distillers import UPDATES, needs_batch_norm
-from .distilling import Distilled
 from .files import write_text
 from .report_images import classified, mapped, named
 from .training.progress import clock

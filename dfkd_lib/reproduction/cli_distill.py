@@ -16,7 +16,7 @@ from ..errors import DFKDError, InputError
 
 if TYPE_CHECKING:
     from ..data import ImageSet
-    from ..distilling import Distilled
+    from ..distilled import Distilled
     from ..loading_networks import Loaded
 
 
