@@ -57,8 +57,8 @@ def mobilenet(size: int) -> nn.Module:
 
 
 def vit(size: int) -> nn.Module:
-    """torchvision's vision transformer with four small layers and 8 x 8 patches."""
-    return VisionTransformer(size, size // 8, num_layers=4, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=10)
+    """torchvision's vision transformer with four small layers and 4 x 4 patches."""
+    return VisionTransformer(size, size // 4, num_layers=4, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=10)
 
 
 def student() -> nn.Module:

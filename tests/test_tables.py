@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 
 from dfkd_lib import records
-from dfkd_lib.reproduction import pages, tables
+from dfkd_lib.reproduction import latex, pages, tables
 from dfkd_lib.reproduction.cli import main
 from dfkd_lib.reproduction.display import percent
 
@@ -121,7 +121,7 @@ def test_text_and_json_hold_the_same_tables(capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize("words", [[], ["--claims"]])
 def test_latex_compiles(capsys: pytest.CaptureFixture[str], tmp_path: Path, words: list[str]) -> None:
     text = printed(capsys, "--format", "latex", *words)
-    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") > 0 and "?" not in tables._tex("± → é")
+    assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") > 0 and "?" not in latex._tex("± → é")
     (tmp_path / "tables.tex").write_text(text, encoding="utf-8")
     if not shutil.which("pdflatex"):
         pytest.skip("no pdflatex here: the document was written, not compiled")

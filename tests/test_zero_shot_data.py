@@ -19,11 +19,11 @@ from dfkd_lib.data.attributes import (
     cifar100_animals,
     cifar100_attributes,
     digit_attributes,
-    feature_package,
     normalised,
     sibling_split,
     superclasses,
 )
+from dfkd_lib.data.feature_packages import feature_package
 from dfkd_lib.data.patch_features import fit_patch_features, patch_features
 from dfkd_lib.errors import DamagedFile, DataUnavailable, InputError
 from dfkd_lib.methods.qfsl import QuasiFullySupervised, Settings, pseudo_unseen, train

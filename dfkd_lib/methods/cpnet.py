@@ -119,12 +119,13 @@ def choose_nodes(seen: Sequence[Seen]) -> list[int]:
     """The visits that the generator mirrors, as numbers into `seen`, deepest first.
 
     The last visit at each resolution of feature maps; if these are three, also the network's first. The authors list
-    them by hand, the same four for their CIFAR networks.
+    them by hand, the same four for their CIFAR networks. Maps of one pixel, such as those of LeNet-5's third
+    convolution, do not count: what grows out of one has no place in it, and all its images are blank.
 
     Raises:
-        InputError: no batch-norm layer looks at feature maps [B, C, H, W].
+        InputError: no batch-norm layer looks at feature maps [B, C, H, W] of more than one pixel.
     """
-    maps = [i for i, visit in enumerate(seen) if visit.x.ndim == 4]
+    maps = [i for i, visit in enumerate(seen) if visit.x.ndim == 4 and visit.x.shape[2:].numel() > 1]
     if not maps:
         raise InputError(
             "no batch-norm layer of the teacher looks at feature maps [B, C, H, W], which cpnet's generator mirrors; "

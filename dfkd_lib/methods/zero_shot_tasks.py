@@ -18,9 +18,9 @@ from ..data.attributes import (
     cifar100_animals,
     cifar100_attributes,
     digit_attributes,
-    feature_package,
     sibling_split,
 )
+from ..data.feature_packages import feature_package
 from ..measures.zero_shot import zero_shot_measures
 from ..runtime import Runtime
 from .qfsl import Fold, QuasiFullySupervised, Settings, best_by_folds, exchanged_halves, fold_measures, train
@@ -218,7 +218,7 @@ def package_tasks(folder: Path) -> list[Task]:
     """AwA2, CUB or SUN from a feature package: one task per half of the images of unseen classes.
 
     Raises:
-        DataUnavailable, DamagedFile: see :func:`~..data.attributes.feature_package`.
+        DataUnavailable, DamagedFile: see :func:`~..data.feature_packages.feature_package`.
     """
     read = feature_package(folder)
     target = torch.zeros(len(read.attributes.classes), dtype=torch.bool)

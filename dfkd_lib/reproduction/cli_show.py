@@ -76,10 +76,10 @@ def results(args: argparse.Namespace) -> None:
 
 
 def _print_tables(shown: list[Table], form: str) -> None:
-    from . import tables
+    from . import latex
 
     if form == "latex":
-        sys.stdout.write(tables.latex(shown))
+        sys.stdout.write(latex.document(shown))
     elif form == "json":
         print(json.dumps([{"caption": t.caption, "rows": t.frame.to_dict("records")} for t in shown], indent=1))
     elif form == "csv":
