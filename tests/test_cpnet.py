@@ -141,16 +141,6 @@ def test_any_sides_and_a_network_with_one_node(float32):
     assert x.shape == (4, 3, 13, 9) and trunk[2].shape == (4, 3, 11, 7)
 
 
-def test_a_wider_body_shows_the_first_channels_of_what_it_computes_with():
-    nodes = [(5, 1, 1), (4, 5, 3)]
-    body, narrow = CoupledBody(6, nodes, (3, 13, 9), width=3), CoupledBody(6, [(15, 1, 1), (12, 5, 3)], (3, 13, 9))
-    narrow.load_state_dict(body.state_dict())
-    v = torch.randn(4, 6)
-    (x, trunk), (same, whole) = body(v), narrow(v)
-    assert torch.equal(x, same)
-    assert all(torch.equal(u, w[:, :c]) for u, w, (c, _, _) in zip(trunk, whole, nodes, strict=True))
-
-
 # --- switches -----------------------------------------------------------------------------------------------------
 
 

@@ -61,8 +61,6 @@ class Settings(nayer.Settings):
         jitter: probability with which an image's colours are changed in its view.
         swapped_kl: reward KL(p_S || p_T); False is NAYER's KL(p_T || p_S).
         dist: beta; weight of the feature term in units of `adv`. The scripts' values lie between 0 and 1.
-        width: channels of the coupled generator over those of the nodes, for teachers too narrow to be mirrored (ours;
-            the released code has 1).
     """
 
     coupled: bool = True
@@ -71,7 +69,6 @@ class Settings(nayer.Settings):
     jitter: float = 0.4
     swapped_kl: bool = True
     dist: float = 0.0
-    width: int = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,8 +78,6 @@ class Settings(nayer.Settings):
         for name in ("cutmix", "jitter"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is a probability, in [0, 1], not {getattr(self, name)!r}")
-        if self.width < 1:
-            raise InputError(f"width must be 1 or more, not {self.width!r}")
         if self.align and not self.coupled:
             raise InputError(
                 f"align {self.align!r} aligns the coupled generator with the teacher, and coupled is False; "
@@ -143,19 +138,12 @@ class CoupledBody(nn.Module):
     Args:
         nodes: shapes (c_n, h_n, w_n), deepest first; u_n is [B, c_n, h_n, w_n].
         image_shape: (C, H, W).
-        width: the block behind u_n has width * c_n channels, of which u_n is the first c_n.
     """
 
     def __init__(
-        self,
-        latent_dim: int,
-        nodes: Sequence[tuple[int, int, int]],
-        image_shape: tuple[int, int, int],
-        width: int = 1,
+        self, latent_dim: int, nodes: Sequence[tuple[int, int, int]], image_shape: tuple[int, int, int]
     ) -> None:
         super().__init__()
-        self.seen = [c for c, _, _ in nodes]
-        nodes = [(width * c, h, w) for c, h, w in nodes]
         first, last = nodes[0], nodes[-1]
         start = nn.Sequential(nn.Linear(latent_dim, math.prod(first)), nn.Unflatten(1, first), nn.BatchNorm2d(first[0]))
         self.blocks = nn.ModuleList([start])
@@ -170,7 +158,7 @@ class CoupledBody(nn.Module):
         trunk: list[Tensor] = []
         for block in self.blocks:
             trunk.append(block(trunk[-1] if trunk else v))
-        return self.image(trunk[-1]), [u[:, :c] for u, c in zip(trunk, self.seen, strict=True)]
+        return self.image(trunk[-1]), trunk
 
 
 def _up(below: tuple[int, int, int], above: tuple[int, int, int]) -> list[nn.Module]:
@@ -303,9 +291,7 @@ class CPNet(nayer.NAYER):
         if settings.coupled:
             self.nodes = choose_nodes(visits)
             shapes = [(c, h, w) for c, h, w in (visits[n].x.shape[1:] for n in self.nodes)]
-            self.generator = runtime.prepare(
-                CoupledBody(settings.latent_dim, shapes, self.image_shape, settings.width)
-            ).train()
+            self.generator = runtime.prepare(CoupledBody(settings.latent_dim, shapes, self.image_shape)).train()
             players = nn.ModuleList([self.generator, self.embedding, self.noisy])
             self.optimizer = recordable(adam(players, settings.lr_generator, (0.5, 0.999)), runtime)
             self.renew()
