@@ -59,9 +59,11 @@ def test_trials_are_recorded_and_run_once(tmp_path):
     assert len(second["trials"]) == 3
 
 
-# The best trial of DFAD (KL divergence) collapsed with another seed. In one stage two faster generators did better in
-# the search, and the preset's length is half as long again: the slowest is the one that is not outrun by it.
+# The best trial of DFAD (KL divergence) collapsed with another seed. In one stage the rate that follows from DFAD's
+# collapses over the preset's 1,500 updates; a third of it does not.
 INSTEAD = {"dfad": 2, "dfad-one-stage": 1}
+# The width of NAYER's generator, which CPNet's takes from the teacher.
+UNUSED = {"cpnet": {"ngf": 16}}
 
 
 @pytest.mark.parametrize("name", ["search-mnist", "search-mnist-cpnet"])
@@ -75,7 +77,8 @@ def test_the_presets_are_the_best_trials_of_the_stored_search_or_equal_to_them(n
         preset = distillers.settings_for(name, preset="mnist", n_updates=1000)
         (chosen,) = (
             t for t in own
-            if distillers.settings_for(name, preset="paper", n_updates=1000, **t["settings"]) == preset
+            if distillers.settings_for(name, preset="paper", n_updates=1000, **t["settings"], **UNUSED.get(name, {}))
+            == preset
         )  # fmt: skip
         if name in INSTEAD:
             assert chosen["trial"] == INSTEAD[name]
