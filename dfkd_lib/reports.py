@@ -15,6 +15,7 @@ from .files import write_text
 from .report_images import classified, mapped, named
 from .training.progress import clock
 
+SMALL_BATCH = 64  # that of the presets for small images
 LOW = 0.8  # agreement below which the page says what to try
 _CURVES = 6
 
@@ -91,6 +92,11 @@ def advice(result: Distilled) -> list[str]:
             f"Train longer: this run took {result.budget.student_updates:,} updates, and preset 'paper' takes "
             f"{UPDATES['paper']:,}."
         )
+        if "minutes" in asked and settings["batch_size"] > SMALL_BATCH:
+            tips.append(
+                f"The same minutes hold more updates of smaller batches: here one had {settings['batch_size']} images "
+                f"(--set batch_size={SMALL_BATCH})."
+            )
         if method == "kd":
             tips.append("Give more pictures, or pictures more like those that the teacher was trained on.")
         elif "images" in asked:

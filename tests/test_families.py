@@ -59,3 +59,12 @@ def test_the_page_says_what_the_record_says() -> None:
         assert families.written(page, json.loads(families.RECORD.read_text())) == page
     else:
         assert f"{families.BEGIN}{families.END}" in page, "no figures without a record"
+
+
+def test_the_example_says_what_its_record_says() -> None:
+    record = json.loads((families.HERE / "resnet18.json").read_text())
+    page, found = families.PAGE.read_text(encoding="utf-8"), record["metrics"]
+    for measure in ("agreement", "student accuracy", "teacher accuracy"):
+        assert f"{100 * found[f'distill/fast/{measure}']:.1f} %" in page, measure
+    assert f"{record['budget']['student_updates']:,} updates" in page
+    assert f"note: {record['parameters']['settings']['n_updates']:,} student updates of fast fit into 30" in page

@@ -103,6 +103,11 @@ def test_advice_comes_when_something_is_wrong_and_only_then(result: Distilled) -
     one_class = changed(fine, classes_named=1)
     assert few_classes(one_class) and "few of its classes" in advice(one_class)[0]
     assert any("another method" in tip for tip in advice(changed(fine, agreement=0.3)))
+    assert asked["settings"]["batch_size"] <= 64
+    large = {"parameters": asked | {"minutes": 3.0, "settings": asked["settings"] | {"batch_size": 256}}}
+    assert any("smaller batches" in tip for tip in advice(changed(fine, large, agreement=0.3)))
+    in_minutes = {"parameters": asked | {"minutes": 3.0}}
+    assert not any("smaller batches" in tip for tip in advice(changed(fine, in_minutes, agreement=0.3)))
     for method, word in (("dfad", "batch norm"), ("kd", "more pictures")):
         with_method = {"parameters": asked | {"method": method}}
         assert any(word in tip for tip in advice(changed(fine, with_method, agreement=0.3)))
