@@ -548,5 +548,6 @@ def test_settings_of_two_stages_are_refused(float32, changes):
 @pytest.mark.parametrize("scale", one_stage.PRESETS)
 def test_presets_cut_the_generators_rate_by_the_steps_that_it_no_longer_waits_for(scale):
     one, two = dfad.Settings(**one_stage.PRESETS[scale]), dfad.Settings(**dfad.PRESETS[scale])
-    assert one.k == 1 and one.lr_generator == pytest.approx(two.lr_generator / two.k)
+    slower = 3 if scale == "mnist" else 1  # by the search; cut by k alone it collapses over 1,500 updates
+    assert one.k == 1 and one.lr_generator == pytest.approx(two.lr_generator / two.k / slower)
     assert replace(one, k=two.k, lr_generator=two.lr_generator) == two
