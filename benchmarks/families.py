@@ -2,8 +2,8 @@
 
 Each family at two sizes of image: a teacher is trained shortly on MNIST, then distilled into a small convolutional
 network by the method that `book/how-to/from-a-model-file.md` advises for it. A row is written to families.json when it
-is done, and not made again; `--write` puts the table into that page. The eight rows take three quarters of an hour; those
-of the transformer in the stored file were given `--minutes 10`.
+is done, and not made again; `--write` puts the table into that page. The eight rows take three quarters of an hour;
+those of the transformer in the stored file were given `--minutes 10`.
 """
 
 from __future__ import annotations
@@ -160,9 +160,9 @@ def table(found: dict[str, Any]) -> str:
 def section(found: dict[str, Any]) -> str:
     """What the page says of them."""
     return (
-        f"{table(found)}\n*Four families of teachers at two sizes of MNIST, each trained for two and a half minutes or less "
-        "and distilled into three convolutions with batch norm. Agreement is on fresh synthetic images, the accuracies are "
-        f"on {found['test images']:,} test images; one seed, one core of {found['hardware']}, other work on the second "
+        f"{table(found)}\n*Four families of teachers at two sizes of MNIST, each trained for two and a half minutes or "
+        "less and distilled into three convolutions with batch norm. Agreement is on fresh synthetic images, the "
+        f"accuracies are on {found['test images']:,} test images; one seed, one core of {found['hardware']}, other work on the second "
         "one. The table is `benchmarks/families.json`, made by `python -m benchmarks.families`.*\n"
     )
 
