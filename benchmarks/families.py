@@ -162,8 +162,8 @@ def section(found: dict[str, Any]) -> str:
     return (
         f"{table(found)}\n*Four families of teachers at two sizes of MNIST, each trained for two and a half minutes or "
         "less and distilled into three convolutions with batch norm. Agreement is on fresh synthetic images, the "
-        f"accuracies are on {found['test images']:,} test images; one seed, one core of {found['hardware']}, other work "
-        "on the second one. The table is `benchmarks/families.json`, made by `python -m benchmarks.families`.*\n"
+        f"accuracies are on {found['test images']:,} test images; one seed, one core of {found['hardware']}, other "
+        "work on the second one. The table is `benchmarks/families.json`, made by `python -m benchmarks.families`.*\n"
     )
 
 
