@@ -115,7 +115,7 @@ def choose_nodes(seen: Sequence[Seen]) -> list[int]:
 
     The last visit at each resolution of feature maps; if these are three, also the network's first. The authors list
     them by hand, the same four for their CIFAR networks. Maps of one pixel, such as those of LeNet-5's third
-    convolution, do not count: what grows out of one has no place in it, and all its images are blank.
+    convolution, do not count: what grows out of one is the same everywhere but at the borders.
 
     Raises:
         InputError: no batch-norm layer looks at feature maps [B, C, H, W] of more than one pixel.
