@@ -199,6 +199,20 @@ def test_a_data_free_method_that_kept_training_data_fails():
     assert images.batch(torch.arange(4))[0].shape[0] == 4  # the guard ends with the run
 
 
+def test_held_out_data_measures_a_data_free_method_and_does_not_teach_it():
+    def reads(split, then):
+        return lambda: (load("digit_scenes", split), then)[1]
+
+    done = fit(game(), 2, name="measured", evaluate=reads("held_out", {"accuracy": 0.5}), eval_every=1)
+    assert [row["accuracy"] for row in done.history] == [0.5, 0.5]
+    with pytest.raises(DataFreeViolation, match="train"):
+        fit(game(), 2, name="cheat", evaluate=reads("train", {"accuracy": 0.5}))
+    method = game()
+    method.step = reads("held_out", {})
+    with pytest.raises(DataFreeViolation, match="held_out"):
+        fit(method, 2, name="cheat", evaluate=reads("held_out", {"accuracy": 0.5}), eval_every=1)
+
+
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     path = tmp_path / "a.safetensors"
     fit(game(), 3, name="a", checkpoint=path)

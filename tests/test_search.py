@@ -1,13 +1,15 @@
-"""The search for presets: the same number of trials for all, no test image, records that are not made twice."""
+"""The searches for settings: the same number of trials for all, no test image, records that are not made twice."""
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 
-from benchmarks import search
+from benchmarks import search, search_text
 from dfkd_lib import distillers
 from dfkd_lib.errors import InputError
 from dfkd_lib.locations import PACKAGE
@@ -85,3 +87,35 @@ def test_the_presets_are_the_best_trials_of_the_stored_search_or_equal_to_them(n
         else:
             best = max(t["held-out accuracy"] for t in own)
             assert best - chosen["held-out accuracy"] < 0.005, name
+
+
+def test_the_texts_search_judges_every_row_at_every_rate_by_held_out_sentences(tmp_path: Path, monkeypatch) -> None:
+    pytest.importorskip("transformers")
+    from dfkd_lib.data import text
+    from dfkd_lib.models import text as networks
+
+    monkeypatch.setenv("DFKD_DATA", str(tmp_path))
+    monkeypatch.setattr(search_text, "FOUND", tmp_path / "search-text.json")
+    (tmp_path / "agnews").mkdir()
+    rows = [(f"word{i % 4} item {i}", i % 4) for i in range(80)]
+    pd.DataFrame(rows, columns=["text", "label"]).to_csv(tmp_path / "agnews" / "train.csv.xz", index=False)
+    words = text.tokenizer_for("agnews", 120)
+    words.save_pretrained(tmp_path / "encoder")
+    network = networks.bert(text.vocabulary_of(words), 2, layers=2, width=8, heads=2, positions=16)
+    network.base_model.save_pretrained(tmp_path / "encoder")
+    small = {
+        "dataset": "agnews", "text_encoder": str(tmp_path / "encoder"), "length": 8, "min_length": 4, "batch_size": 8,
+        "student_layers": [1], "teacher_epochs": 1, "replay": 1, "craft_steps": 1,
+    }  # fmt: skip
+    monkeypatch.setattr(search_text, "profile", lambda chapter, name: small)
+    read = []
+    monkeypatch.setattr(text, "_read", lambda name, stored, was=text._read: (read.append(stored), was(name, stored))[1])
+    for lr in ("0.01", "0.001"):  # the second call keeps what the first one found
+        search_text.main(["tiny", "--batches", "2", "--lr", "0.01", lr, "--limit", "6"])
+    trials = json.loads((tmp_path / "search-text.json").read_text(encoding="utf-8"))["trials"]
+    assert [(trial["row"], trial["lr"]) for trial in trials] == [
+        (row, lr) for lr in (0.01, 0.001) for row in search_text.ROWS
+    ]
+    right = [6 * trial["held-out accuracy"] for trial in trials]
+    assert right == pytest.approx([round(n) for n in right]), "six sentences, each once"
+    assert set(read) == {"train"}

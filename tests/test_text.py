@@ -62,6 +62,21 @@ def test_with_a_training_file_every_tenth_of_a_class_is_held_out(news):
     assert [len(text.texts("imdb", split)[0]) for split in text.SPLITS] == [36, 4, 40]
 
 
+def test_order_alone_tells_shuffled_texts_from_those_in_order(news):
+    for split in text.SPLITS:
+        written, topics = text.texts("agnews", split)
+        made, in_order = text.texts("agnews_order", split)
+        for was, now, kept in zip(written, made, in_order, strict=True):
+            first = was.split()[:30]
+            assert (now.split() == first) == bool(kept) and sorted(now.split()) == sorted(first)
+        for topic in range(4):
+            assert abs(2 * in_order[topics == topic].sum() - (topics == topic).sum()) <= 1
+    again = text.texts("agnews_order", "test")
+    assert again[0] == made and (again[1] == in_order).all()
+    with no_training_data("AS-DFD"), pytest.raises(DataFreeViolation):
+        text.texts("agnews_order", "fit")
+
+
 def test_what_is_fetched_is_read_back_letter_by_letter(tmp_path, monkeypatch):
     written = ['a "b", c', "two\nlines", "", "NA", "é \u2028 \t"]
     hub = SimpleNamespace(load_dataset=lambda name, split: {"text": written, "label": [0, 1, 0, 1, 1]})

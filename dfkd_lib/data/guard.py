@@ -12,12 +12,14 @@ OPEN_SPLITS = ("test", "synthetic")
 
 # One list for the whole process, so that a worker thread cannot read what the main thread forbids.
 _guards: list[list[str]] = []
+_evaluations: list[object] = []
 _opened: dict[tuple[str, str, str], None] = {}
 
 
 @contextmanager
 def no_training_data(who: str) -> Iterator[None]:
-    """While this context is open, only test splits and synthetic images can be read; guards may be nested.
+    """While this context is open, only test splits and synthetic images can be read, and held-out data inside
+    `evaluating`; guards may be nested.
 
     Args:
         who: the method that claims to need no data; the error names it.
@@ -34,9 +36,20 @@ def no_training_data(who: str) -> Iterator[None]:
         _guards[:] = [other for other in _guards if other is not guard]
 
 
+@contextmanager
+def evaluating() -> Iterator[None]:
+    """While this context is open, guards let held-out data through: a student may be measured there, not taught."""
+    mark = object()
+    _evaluations.append(mark)
+    try:
+        yield
+    finally:
+        _evaluations.remove(mark)
+
+
 def check(name: str, split: str) -> None:
     """Refuse a set of training images while a guard is active."""
-    if _guards and split not in OPEN_SPLITS:
+    if _guards and split not in OPEN_SPLITS and not (_evaluations and split == "held_out"):
         who = _guards[-1][0]
         raise DataFreeViolation(
             f"{who} is data-free but touched the {split!r} images of {name!r}; read them outside its training"

@@ -30,6 +30,7 @@ from .sentences import SentenceSet, Vocabulary
 
 SPLITS = ("fit", "held_out", "test")
 DIGIT_WORDS = 64
+ORDERED_WORDS = 30
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ _ALL = (
     TextInfo("imdb", ("negative", "positive"), "head and tail", "film reviews", "stanfordnlp/imdb"),
     TextInfo("dbpedia", _DBPEDIA, "head", "first sentences of encyclopaedia entries", "fancyzhx/dbpedia_14",
              ("title", "content")),
+    TextInfo("agnews_order", ("shuffled", "in order"), "head", "AG News, the words of every second text shuffled"),
 )  # fmt: skip
 _BY_NAME = {d.name: d for d in _ALL}
 
@@ -132,8 +134,13 @@ def texts(name: str, split: str) -> tuple[list[str], np.ndarray]:
 
     Where there is a training file, every tenth row of each class is held out. AG News may be there as its test file
     alone: then a fixed shuffle cuts each class of 1,900 into 1,500 for the teacher, 100 held out and 300 for test.
+
+    The texts of "agnews_order" are those of AG News, cut to their first 30 words, so that order alone tells the classes
+    apart: in every second text of each topic a fixed permutation shuffles the words.
     """
     guard.check(name, split)
+    if name == "agnews_order":
+        return _every_second_shuffled(*texts("agnews", split))
     folder = data_root() / name
     alone = name == "agnews" and (folder / "test.csv.xz").is_file() and not (folder / "train.csv.xz").is_file()
     written, labels = _read(name, "test" if alone or split == "test" else "train")
@@ -149,6 +156,16 @@ def texts(name: str, split: str) -> tuple[list[str], np.ndarray]:
     else:
         at = np.flatnonzero((rank % 10 == 9) == (split == "held_out"))
     return [written[i] for i in at], labels[at]
+
+
+def _every_second_shuffled(written: list[str], topics: np.ndarray) -> tuple[list[str], np.ndarray]:
+    in_order = sources.rank_in_class(topics) % 2
+    shuffle = np.random.RandomState(0).permutation
+    made = []
+    for text, kept in zip(written, in_order, strict=True):
+        words = text.split()[:ORDERED_WORDS]
+        made.append(" ".join(words if kept else [words[i] for i in shuffle(len(words))]))
+    return made, in_order.astype(np.int64)
 
 
 def _read(name: str, stored: str) -> tuple[list[str], np.ndarray]:

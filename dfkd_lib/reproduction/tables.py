@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 _DATASETS = {
     "mnist": "MNIST", "cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "digits": "handwritten digits",
-    "agnews": "AG News", "dbpedia": "DBPedia", "imdb": "IMDb", "camvid": "CamVid",
+    "agnews": "AG News", "agnews_order": "AG News in order or shuffled", "dbpedia": "DBPedia", "imdb": "IMDb",
+    "camvid": "CamVid",
     "digit_sentences": "digits as sentences", "digit_scenes": "scenes of digits",
 }  # fmt: skip
 _LENGTHS = {"updates": ("n_updates",), "iterations": ("n_steps", "scene_steps"), "batches": ("batches",)}

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ..data import no_training_data
+from ..data import guard, no_training_data
 from ..errors import DamagedFile, NonFiniteLoss
 from ..locations import code_fingerprint
 from . import checkpoints
@@ -110,7 +110,7 @@ def fit(
     Args:
         identity: what determines the run besides its name, such as its parameters and seed: numbers, strings, None
             and lists of them, by name.
-        evaluate: returns figures of the student, larger is better.
+        evaluate: returns figures of the student, larger is better; it may read test and held-out data.
         watch: returns tensors worth keeping, such as generated images.
         progress: show the live line, where there is somebody to look at it.
         move_end: is told the steps done, those that there shall be and the seconds so far, at every reading and when a
@@ -136,8 +136,8 @@ def fit(
     start = saved = time.perf_counter()
     if move_end and done:
         n_steps = max(done + 1, move_end(done, n_steps, seconds_before))
-    guard = no_training_data(name) if method.data_free else contextlib.nullcontext()
-    with guard, Progress(name, n_steps, done, show=progress) as line:
+    guarded = no_training_data(name) if method.data_free else contextlib.nullcontext()
+    with guarded, Progress(name, n_steps, done, show=progress) as line:
         if watch and not done:
             result.snapshots[0] = _to_cpu(watch())
         step = done
@@ -154,7 +154,8 @@ def fit(
                 line.n_steps, result.moved_to = n_steps, n_steps if n_steps != planned else 0
             evaluating = due or step == n_steps
             if evaluating and evaluate:
-                figures = evaluate()
+                with guard.evaluating():
+                    figures = evaluate()
                 result.measures = list(figures)
                 row |= figures
             if evaluating and watch:
