@@ -59,3 +59,14 @@ def test_figures_can_be_drawn():
     plots.bars(right, {"DFAD": 0.9, "MSE": None}, x_label="accuracy")
     figure.canvas.draw()
     assert [text.get_text() for text in right.texts] == ["90.0", "diverged"]
+
+
+def test_marked_words_stand_out_line_by_line():
+    figure, (axis,) = plots.axes(1)
+    plots.show_words(axis, {"Sports": [("goal", True), ("acts", False)], "World": [("war", True)]})
+    figure.canvas.draw()
+    seen = {text.get_text(): (text.get_position(), text.get_color()) for text in axis.texts}
+    assert {word: at for word, (at, _) in seen.items()} == {
+        "Sports": (0, 0), "goal": (1, 0), "acts": (2, 0), "World": (0, 1), "war": (1, 1),
+    }  # fmt: skip
+    assert seen["goal"][1] == seen["war"][1] != seen["acts"][1]

@@ -146,3 +146,18 @@ def paint(masks: Tensor, void: int | None = None) -> Tensor:
     if void is not None:
         painted = torch.where((masks == void).cpu().unsqueeze(1), torch.ones(()), painted)
     return painted
+
+
+def show_words(axis: Axes, lines: Mapping[str, Sequence[tuple[str, bool]]]) -> None:
+    """One line of words per name, in columns; those that are marked stand out.
+
+    Args:
+        lines: {name: [(word, whether it is marked), ...]}.
+    """
+    columns = max(map(len, lines.values()))
+    for row, (name, words) in enumerate(lines.items()):
+        axis.text(0, row, name, fontsize=8, fontweight="bold", va="center")
+        for column, (word, marked) in enumerate(words, 1):
+            axis.text(column, row, word, fontsize=8, va="center", color=VERMILION if marked else "#777777")
+    axis.set(xlim=(0, columns + 1), ylim=(len(lines) - 0.5, -0.5))
+    axis.axis("off")
