@@ -17,6 +17,7 @@ from dfkd_lib.reproduction.parameters import chapters
 
 # {chapter: {figure as printed: (runs, metric, parameter or "budget METRIC", what it is multiplied by)}}
 ANEW = "2 layers, drawn anew"
+MINILM = "3 layers, drawn anew, pretrained teacher"
 C10, C100 = "amalgamation/cpu-cifar10-", "amalgamation/cpu-cifar100-"
 SOURCES: dict[str, dict[str, tuple[str, str, float]]] = {
     "amalgamation": {
@@ -83,6 +84,37 @@ SOURCES: dict[str, dict[str, tuple[str, str, float]]] = {
         "20": (C10, "image_size", 1),
     },
     "as-dfd": {
+        "6.9": (
+            "as-dfd/cpu-minilm-agnews",
+            f"{MINILM}/KD original/accuracy minus {MINILM}/AS-DFD from tokens/accuracy",
+            100,
+        ),
+        "16.5": ("as-dfd/cpu-minilm-dbpedia", f"{MINILM}/KD original/accuracy minus {MINILM}/AS-DFD/accuracy", 100),
+        "180": ("as-dfd/cpu-minilm", "batches", 3),  # each with two further updates on earlier ones
+        "98.1": ("as-dfd/cpu-minilm-dbpedia", f"{MINILM}/teacher/accuracy", 100),
+        "76.2": ("as-dfd/cpu-minilm-dbpedia", f"{MINILM}/AS-DFD/accuracy", 100),
+        "38.3": ("as-dfd/cpu-minilm-dbpedia", f"{MINILM}/random text, L_ss/accuracy", 100),
+        "92.7": ("as-dfd/cpu-minilm-dbpedia", f"{MINILM}/KD original/accuracy", 100),
+        "64.6": ("as-dfd/cpu-minilm-agnews", f"{MINILM}/AS-DFD/accuracy", 100),
+        "65.0": ("as-dfd/cpu-minilm-agnews", f"{MINILM}/random text, L_ss/accuracy", 100),
+        "83.6": ("as-dfd/cpu-minilm-agnews", f"{MINILM}/KD original/accuracy", 100),
+        "71.4": ("as-dfd/cpu-minilm-dbpedia", "ablation/beta 0/accuracy", 100),
+        "73.3": ("as-dfd/cpu-minilm-agnews", "ablation/beta 0/accuracy", 100),
+        "26": ("as-dfd/cpu-minilm-dbpedia", "crafting/words of the own class/share", 100),
+        "25": ("as-dfd/cpu-minilm-agnews", "crafting/words of the own class/share", 100),
+        "1.1": ("as-dfd/cpu-minilm-dbpedia", "crafting/words of other classes/share", 100),
+        "1.0": ("as-dfd/cpu-minilm-agnews", "crafting/words of other classes/share", 100),
+        "75.3": ("as-dfd/cpu-minilm-dbpedia", f"{MINILM}/modified ZSKD/accuracy", 100),
+        "75.7": ("as-dfd/cpu-minilm-dbpedia", f"{MINILM}/no adversary/accuracy", 100),
+        "74.8": ("as-dfd/cpu-minilm-dbpedia", f"{MINILM}/AS-DFD from tokens/accuracy", 100),
+        "37.4": ("as-dfd/cpu-minilm-dbpedia", f"{MINILM}/random text/accuracy", 100),
+        "31.2": ("as-dfd/cpu-minilm-dbpedia", f"{MINILM}/modified ZSKT/accuracy", 100),
+        "15.5": ("as-dfd/cpu-minilm-dbpedia", f"{MINILM}/Gaussian/accuracy", 100),
+        "64.7": ("as-dfd/cpu-minilm-agnews", f"{MINILM}/random text/accuracy", 100),
+        "73.2": ("as-dfd/cpu-minilm-agnews", f"{MINILM}/no adversary/accuracy", 100),
+        "76.7": ("as-dfd/cpu-minilm-agnews", f"{MINILM}/AS-DFD from tokens/accuracy", 100),
+        "89.9": ("as-dfd/cpu-minilm-agnews", f"{MINILM}/teacher/accuracy", 100),
+        "88.8": ("as-dfd/cpu-minilm-agnews", f"{MINILM}/TF-IDF/accuracy", 100),
         "82.2": ("as-dfd/cpu-agnews", f"{ANEW}/AS-DFD/accuracy", 100),
         "0.9": ("as-dfd/cpu-agnews", f"± {ANEW}/AS-DFD/accuracy", 100),
         "87.5": ("as-dfd/cpu-agnews", f"{ANEW}/teacher/accuracy", 100),

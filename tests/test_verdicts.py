@@ -50,6 +50,16 @@ def test_a_row_has_to_be_ten_points_above_chance() -> None:
     assert judge(claim(control), [run(OURS=0.15, THEIRS=0.1)]).verdict == "not tested here"
 
 
+def test_a_claim_about_one_dataset_is_judged_by_its_runs_alone() -> None:
+    other = run(OURS=0.3, THEIRS=0.9)
+    other["parameters"]["dataset"] = "mnist"
+    about = claim(LEADS, dataset="digits")
+    assert judge(about, [run(OURS=0.9, THEIRS=0.3), other]) == judge(about, [run(OURS=0.9, THEIRS=0.3)])
+    assert judge(about, [run(OURS=0.9, THEIRS=0.3)]).verdict == "holds"
+    assert (judge(about, [other]).verdict, judge(about, [other]).n) == ("not tested here", 0)
+    assert judge(claim(LEADS), [other]).verdict == "does not hold"
+
+
 def test_chance_is_that_of_the_teachers_classes() -> None:
     of_four = run(OURS=0.5, THEIRS=0.3)
     of_four["teachers"] = [{"n_classes": 4}, {}]

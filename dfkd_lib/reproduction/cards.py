@@ -54,6 +54,7 @@ class Claim:
         needs: without these the claim is not tested.
         before: key of the student's accuracy before it learned, above which the compared rows have to be.
         tuned: what of the claim's set-up was chosen while its outcome was in view; empty if nothing was.
+        dataset: the one whose runs alone bear on the claim; empty if all do.
     """
 
     id: str
@@ -64,6 +65,7 @@ class Claim:
     needs: tuple[Need, ...] = ()
     before: str | None = None
     tuned: str = ""
+    dataset: str = ""
 
 
 @dataclass(frozen=True)
@@ -261,9 +263,9 @@ def _claim(fields: _Fields) -> Claim:
     why = "" if pieces else fields.take("why", str)
     needs = tuple(_need(need) for need in fields.each("needs")) if "needs" in fields.left else ()
     before = fields.metric("before") if "before" in fields.left else None
-    tuned = fields.optional("tuned", str, "")
+    tuned, dataset = (fields.optional(key, str, "") for key in ("tuned", "dataset"))
     fields.done()
-    return Claim(id, text, where, pieces, why, needs, before, tuned)
+    return Claim(id, text, where, pieces, why, needs, before, tuned, dataset)
 
 
 def _need(fields: _Fields) -> Need:

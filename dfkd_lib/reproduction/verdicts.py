@@ -73,6 +73,8 @@ def judge(
     """
     if not claim.evidence:
         return Verdict("not tested here", claim.why, 0)
+    if claim.dataset:
+        records = [record for record in records if record["parameters"].get("dataset") == claim.dataset]
     parts = []
     for evidence in claim.evidence:
         part = _judge(evidence, records, spreads or {})
