@@ -13,6 +13,7 @@ from .verdicts import Record, judge
 from .verdicts import percent as percent  # chapters call these as papers.percent, ...
 from .verdicts import seeds as seeds
 from .verdicts import spread as spread
+from .verdicts import spreads_of as spreads_of
 
 if TYPE_CHECKING:
     import pandas as pd
