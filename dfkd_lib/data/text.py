@@ -136,7 +136,7 @@ def texts(name: str, split: str) -> tuple[list[str], np.ndarray]:
     alone: then a fixed shuffle cuts each class of 1,900 into 1,500 for the teacher, 100 held out and 300 for test.
 
     The texts of "agnews_order" are those of AG News, cut to their first 30 words, so that order alone tells the classes
-    apart: in every second text of each topic a fixed permutation shuffles the words.
+    apart: in every second text of each topic the words are shuffled, the same way at each call.
     """
     guard.check(name, split)
     if name == "agnews_order":
