@@ -2,7 +2,7 @@
 
     python -m benchmarks.search_text cpu-minilm --batches 40 --lr 0.0003 0.001
 
-Each row takes each rate once: a student drawn anew, the profile's settings otherwise, judged once, at the end of a
+Each row takes each rate once, with the profile's first student and its settings otherwise, judged once, at the end of a
 trial, on a share of the training file that the teacher did not see. The test sentences take no part. The chapter has
 one rate for all its rows; those here stand for their kinds: crafted, random and real sentences. Results go into
 `search-text.json` beside this file after each trial; what it holds is not run again.
@@ -52,18 +52,21 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", type=int, required=True)
     parser.add_argument("--lr", type=float, nargs="+", required=True)
     parser.add_argument("--limit", type=int, default=500, help="held-out sentences")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=None, help="another file than search-text.json")
     arguments = parser.parse_args(given)
     p = {name: known.default for name, known in parameters("as-dfd").items()} | profile("as-dfd", arguments.profile)
-    runtime = Runtime.choose("cpu", p["precision"], threads=torch.get_num_threads())
+    runtime = Runtime.choose(arguments.device, p["precision"], threads=torch.get_num_threads())
+    out = arguments.out or FOUND
     tokenizer = text.tokenizer_of(p["text_encoder"])
     real, held_out = (
-        text.load(p["dataset"], split, length=p["length"], tokenizer=tokenizer, limit=limit)
-        for split, limit in (("fit", p["fit_limit"]), ("held_out", arguments.limit))
+        text.load(p["dataset"], split, length=p["length"], tokenizer=tokenizer, limit=limit, device=device)
+        for split, limit, device in (("fit", p["fit_limit"], "cpu"), ("held_out", arguments.limit, runtime.device))
     )
     recipe = Recipe(**{name: p[f"teacher_{name}"] for name in TEACHER}, batch_size=p["teacher_batch"])
     teacher = networks.train_or_load(real, held_out, recipe, runtime, text_encoder=p["text_encoder"])
     truth = networks.labels_of(held_out)
-    done: dict[str, Any] = read_json(FOUND) if FOUND.exists() else {"trials": []}
+    done: dict[str, Any] = read_json(out) if out.exists() else {"trials": []}
     for lr in arguments.lr:
         for row in ROWS:
             trial = {"profile": arguments.profile, "batches": arguments.batches, "row": row, "lr": lr}
@@ -73,7 +76,7 @@ def main(given: Sequence[str] | None = None) -> None:
                 length=real.length, pool=min(p["pool"], arguments.batches), memory=arguments.batches, lr=lr,
                 n_updates=arguments.batches * (1 + p["replay"]), **{name: p[name] for name in SETTINGS},
             )  # fmt: skip
-            student = networks.cut(teacher.module, p["student_layers"][0], "random", dropout=p["dropout"])
+            student = networks.cut(teacher.module, p["student_layers"][0], p["keep"][0], dropout=p["dropout"])
             method = build(row, teacher.module, student, real, settings, runtime)
             start = time.perf_counter()
             fit(method, arguments.batches, name=f"{row}, {lr:g}")
@@ -84,7 +87,7 @@ def main(given: Sequence[str] | None = None) -> None:
             }
             done["trials"].append(trial | found)
             done |= {**records.provenance(), "hardware": hardware(runtime.device), "runtime": runtime.describe()}
-            write_json(FOUND, done)
+            write_json(out, done)
             print(f"{row:>18} {lr:g}: {found['held-out accuracy']:.1%} in {found['seconds']:.0f} s", flush=True)
 
 
