@@ -43,8 +43,8 @@ HEADLINES = (
         "comparison/Fast-5/accuracy", ("fast", "comparison", "cifar10", "Fast-5"),
     ),
     Headline(
-        "DFAD, WRN-40-2 to WRN-16-1", "comparison", "gpu-cifar10-8000", "comparison/teacher/accuracy",
-        "comparison/DFAD/accuracy",
+        "NAYER, WRN-40-2 to WRN-16-1", "comparison", "gpu-cifar10-8000", "comparison/teacher/accuracy",
+        "comparison/NAYER/accuracy",
     ),
     Headline(
         "DFAD, LeNet-5 to its half", "dfad", "cpu-mnist", "classification/teacher/accuracy",
@@ -62,8 +62,8 @@ HEADLINES = (
         "shots/NetGraft K=10/accuracy", ("grafting", "shots", "CIFAR-10", "K = 10"),
     ),
     Headline(
-        "AS-DFD, two layers drawn anew", "as-dfd", "cpu-agnews", "2 layers, drawn anew/teacher/accuracy",
-        "2 layers, drawn anew/AS-DFD/accuracy",
+        "AS-DFD, MiniLM to its first three layers", "as-dfd", "gpu-minilm-dbpedia-cut",
+        "3 layers, pretrained teacher/teacher/accuracy", "3 layers, pretrained teacher/AS-DFD/accuracy",
     ),
 )  # fmt: skip
 
