@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import platform
-from collections.abc import Container
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -134,14 +133,9 @@ def group(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
     named: dict[str, list[dict[str, Any]]] = {}
     for key in sorted(groups, key=order):
-        name = free_name(f"{key[1]}, {key[0]} chapter" if several else key[1], named)
+        first = f"{key[1]}, {key[0]} chapter" if several else key[1]
+        name, number = first, 2
+        while name in named:
+            name, number = f"{first} ({number})", number + 1
         named[name] = sorted(groups[key], key=lambda record: record["seed"])
     return named
-
-
-def free_name(name: str, taken: Container[str]) -> str:
-    """The name, with a number behind it where others have it already: "a", "a (2)", "a (3)"."""
-    found, number = name, 2
-    while found in taken:
-        found, number = f"{name} ({number})", number + 1
-    return found

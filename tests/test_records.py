@@ -51,18 +51,6 @@ def test_groups_differ_by_more_than_the_seed_and_come_largest_first():
     assert [r["seed"] for r in groups["cpu mnist"]] == [0, 1]
 
 
-def test_runs_of_the_same_words_stay_apart(monkeypatch):
-    """Two kinds of students have the same words, and a chapter that keeps runs by them must lose neither."""
-    from dfkd_lib.reproduction import pages
-
-    runs = [record(parameters={"dataset": "mnist", "k": k}) for k in (5, 9)]
-    monkeypatch.setattr(records, "committed", lambda *chapters: runs)
-    larger = pages.larger_runs("dfad")
-    assert [seeds for _, seeds in larger] == [[runs[0]], [runs[1]]]
-    words = [words for words, _ in larger]
-    assert words[1] == f"{words[0]} (2)"
-
-
 def test_provenance_names_code_and_packages():
     facts = records.provenance()
     assert len(facts["code"]["source"]) == 12

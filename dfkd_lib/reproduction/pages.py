@@ -63,14 +63,11 @@ def verdicts(paper_id: str, caption: str = "") -> HTML:
 def larger_runs(chapter: str) -> list[tuple[str, list[dict[str, Any]]]]:
     """The committed runs of a chapter, smoke runs aside: scale and number of seeds in words, and the records.
 
-    Those that differ by their seed alone stand together; the largest scale comes first. No two have the same words.
+    Those that differ by their seed alone stand together; the largest scale comes first.
     """
-    larger: dict[str, list[dict[str, Any]]] = {}
-    for runs in records.group(records.committed(chapter)).values():
-        if records.scale(runs[0]) != "smoke":
-            words = f"{tables.scale_in_words(runs[0])}, {seeds(len(runs))}"
-            larger[records.free_name(words, larger)] = runs
-    return list(larger.items())
+    groups = records.group(records.committed(chapter)).values()
+    larger = [runs for runs in groups if records.scale(runs[0]) != "smoke"]
+    return [(f"{tables.scale_in_words(runs[0])}, {seeds(len(runs))}", runs) for runs in larger]
 
 
 def standing() -> HTML:
