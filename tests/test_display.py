@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -63,10 +65,14 @@ def test_figures_can_be_drawn():
 
 def test_marked_words_stand_out_line_by_line():
     figure, (axis,) = plots.axes(1)
-    plots.show_words(axis, {"Sports": [("goal", True), ("acts", False)], "World": [("war", True)]})
+    lines = {"Sports": [("goal", True), ("autobiographical", False), ("win", True)], "World": [("war", True)]}
+    plots.show_words(axis, lines)
     figure.canvas.draw()
     seen = {text.get_text(): (text.get_position(), text.get_color()) for text in axis.texts}
-    assert {word: at for word, (at, _) in seen.items()} == {
-        "Sports": (0, 0), "goal": (1, 0), "acts": (2, 0), "World": (0, 1), "war": (1, 1),
+    assert {word: row for word, ((_, row), _) in seen.items()} == {
+        "Sports": 0, "goal": 0, "autobiographical": 0, "win": 0, "World": 1, "war": 1,
     }  # fmt: skip
-    assert seen["goal"][1] == seen["war"][1] != seen["acts"][1]
+    boxes = [text.get_window_extent() for text in axis.texts[:4]]
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+    assert seen["goal"][0][0] == seen["war"][0][0]
+    assert seen["goal"][1] == seen["war"][1] != seen["autobiographical"][1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate, zip_longest
 from typing import TYPE_CHECKING
 
 import torch
@@ -149,15 +150,16 @@ def paint(masks: Tensor, void: int | None = None) -> Tensor:
 
 
 def show_words(axis: Axes, lines: Mapping[str, Sequence[tuple[str, bool]]]) -> None:
-    """One line of words per name, in columns; those that are marked stand out.
+    """One line of words per name, in columns as wide as their longest word; those that are marked stand out.
 
     Args:
         lines: {name: [(word, whether it is marked), ...]}.
     """
-    columns = max(map(len, lines.values()))
+    columns = list(zip_longest(*([word for word, _ in words] for words in lines.values()), fillvalue=""))
+    starts = list(accumulate((max(map(len, column)) + 2 for column in columns), initial=max(map(len, lines)) * 1.2 + 2))
     for row, (name, words) in enumerate(lines.items()):
         axis.text(0, row, name, fontsize=8, fontweight="bold", va="center")
-        for column, (word, marked) in enumerate(words, 1):
-            axis.text(column, row, word, fontsize=8, va="center", color=VERMILION if marked else "#777777")
-    axis.set(xlim=(0, columns + 1), ylim=(len(lines) - 0.5, -0.5))
+        for start, (word, marked) in zip(starts, words, strict=False):
+            axis.text(start, row, word, fontsize=8, va="center", color=VERMILION if marked else "#777777")
+    axis.set(xlim=(0, starts[-1]), ylim=(len(lines) - 0.5, -0.5))
     axis.axis("off")
