@@ -52,12 +52,12 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", type=int, required=True)
     parser.add_argument("--lr", type=float, nargs="+", required=True)
     parser.add_argument("--limit", type=int, default=500, help="held-out sentences")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=None, help="another file than search-text.json")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, mps")
+    parser.add_argument("--out", type=Path, default=FOUND, help="where the results go")
     arguments = parser.parse_args(given)
     p = {name: known.default for name, known in parameters("as-dfd").items()} | profile("as-dfd", arguments.profile)
     runtime = Runtime.choose(arguments.device, p["precision"], threads=torch.get_num_threads())
-    out = arguments.out or FOUND
+    out: Path = arguments.out
     tokenizer = text.tokenizer_of(p["text_encoder"])
     real, held_out = (
         text.load(p["dataset"], split, length=p["length"], tokenizer=tokenizer, limit=limit, device=device)

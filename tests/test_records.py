@@ -12,6 +12,7 @@ from dfkd_lib import records
 from dfkd_lib.errors import DamagedFile, DFKDError, InputError
 from dfkd_lib.files import lock
 from dfkd_lib.methods.dfad import DFAD, Settings
+from dfkd_lib.reproduction import pages
 from dfkd_lib.reproduction.chapter import Chapter
 from dfkd_lib.reproduction.parameters import parameters
 
@@ -49,6 +50,18 @@ def test_groups_differ_by_more_than_the_seed_and_come_largest_first():
     groups = records.group(runs)
     assert list(groups) == ["paper-mnist mnist", "cpu mnist", "cpu mnist (2)", "smoke mnist"]
     assert [r["seed"] for r in groups["cpu mnist"]] == [0, 1]
+
+
+def test_runs_of_the_same_words_stay_apart(monkeypatch):
+    """Two kinds of students may have the same words, and a chapter that keeps runs by them must lose neither."""
+    runs = [record(profile=name, parameters={"dataset": "mnist"}) for name in ("gpu", "gpu-cut")]
+    monkeypatch.setattr(records, "committed", lambda *chapters: runs)
+    larger = pages.larger_runs("dfad")
+    assert [found for _, found in larger] == [[runs[0]], [runs[1]]]
+    (one, other) = (words for words, _ in larger)
+    assert one.removesuffix(", profile gpu") == other.removesuffix(", profile gpu-cut") != one
+    monkeypatch.setattr(records, "committed", lambda *chapters: runs[:1])
+    assert "profile" not in pages.larger_runs("dfad")[0][0]
 
 
 def test_provenance_names_code_and_packages():

@@ -63,11 +63,16 @@ def verdicts(paper_id: str, caption: str = "") -> HTML:
 def larger_runs(chapter: str) -> list[tuple[str, list[dict[str, Any]]]]:
     """The committed runs of a chapter, smoke runs aside: scale and number of seeds in words, and the records.
 
-    Those that differ by their seed alone stand together; the largest scale comes first.
+    Those that differ by their seed alone stand together; the largest scale comes first. Where two have the same words,
+    these name the profile too.
     """
     groups = records.group(records.committed(chapter)).values()
     larger = [runs for runs in groups if records.scale(runs[0]) != "smoke"]
-    return [(f"{tables.scale_in_words(runs[0])}, {seeds(len(runs))}", runs) for runs in larger]
+    words = [f"{tables.scale_in_words(runs[0])}, {seeds(len(runs))}" for runs in larger]
+    return [
+        (said if words.count(said) == 1 else f"{said}, profile {runs[0]['profile']}", runs)
+        for said, runs in zip(words, larger, strict=True)
+    ]
 
 
 def standing() -> HTML:
