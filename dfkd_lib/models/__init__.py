@@ -66,6 +66,7 @@ _NETWORKS: dict[str, dict[str, Callable[..., nn.Module]]] = {
         "netgraft_vgg16": partial(staged_vgg, _VGG16, 512, hidden_norm=True),
         "netgraft_vgg16_bn": partial(staged_vgg, _VGG16, 512, hidden_norm=True, batch_norm=True),
         "netgraft_vgg16_half": partial(staged_vgg, (*_VGG16[:3], (256, 3), (256, 3)), 512),
+        "vgg8_bn": partial(staged_vgg, ((64, 2), (128, 2), (256, 2)), 256, hidden_norm=True, batch_norm=True),
         "netgraft_digits": partial(staged_vgg, ((32, 2), (64, 2), (128, 2)), 64, hidden_norm=True),
         "netgraft_digits_half": partial(staged_vgg, ((32, 2), (32, 2), (64, 2)), 64),
         "digits_cnn": partial(digits_cnn, (16, 32, 32)),
