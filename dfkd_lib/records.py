@@ -99,10 +99,20 @@ def perhaps_mixed(record: dict[str, Any]) -> bool:
     return "resumed" not in record and of_images and any("channels-last" in layout for layout in layouts)
 
 
+def tested_on(record: dict[str, Any]) -> list[str]:
+    """The datasets that a record was evaluated on."""
+    return [*dict.fromkeys(opened["name"] for opened in record.get("data", []) if opened["split"] == "test")]
+
+
 def label(record: dict[str, Any]) -> str:
     """Profile of a record and the datasets it was evaluated on, such as "cpu mnist"."""
-    tested = dict.fromkeys(opened["name"] for opened in record.get("data", []) if opened["split"] == "test")
-    return " ".join([record["profile"], *tested])
+    return " ".join([record["profile"], *tested_on(record)])
+
+
+def length(record: dict[str, Any]) -> int:
+    """The updates that its parameters ask for, those of all parts together: to compare runs of one chapter."""
+    asked = record["parameters"].items()
+    return sum(value for name, value in asked if name.endswith(("steps", "n_updates")) and type(value) is int)
 
 
 def scale(record: dict[str, Any]) -> str:

@@ -300,6 +300,17 @@ def test_a_student_of_the_teachers_widths_is_the_teacher(float64):
     assert torch.allclose(fskd(teacher, scions, views, float64)(views.inputs), views.logits)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_fskd_mends_in_16_bits_too(precision):
+    runtime = Runtime.choose("cpu", precision, seed=0)
+    teacher = {n: runtime.prepare(shaken(b)).eval() for n, b in tiny_blocks(6, 0, norm=True).items()}
+    x = runtime.images(torch.rand(2, 1, 4, 4))
+    scions = grafting_blocks.scions(teacher, tiny_blocks(6, 1), x)
+    views = grafting.look(teacher, images(40, side=4), runtime)
+    made = fskd(teacher, scions, views, runtime)(views.inputs.float()).detach()
+    assert float((made - views.logits).abs().max()) < 0.05 * float(views.logits.abs().max())
+
+
 def test_what_cannot_be_cut_out_of_the_teacher_is_refused(float32):
     x = torch.rand(2, 2, 4, 4)
     theirs, normed, other = (

@@ -46,3 +46,19 @@ def test_pieces_that_do_more_or_cannot_run_are_not_the_same() -> None:
     assert not computes_the_same(network, nn.Sequential(*network, nn.ReLU()), x)
     assert not computes_the_same(network, nn.Sequential(*network[:-1]), x)
     assert not computes_the_same(network, nn.Sequential(network[3]), x)
+
+
+@pytest.mark.parametrize(("apart", "same"), [(0.0, True), (1e-6, True), (1e-3, False), (float("nan"), False)])
+def test_layers_that_round_otherwise_are_the_same_and_no_more(apart: float, same: bool) -> None:
+    network, x = partly_frozen(), torch.rand(2, 1, 8, 8)
+
+    def elsewhere(x: torch.Tensor) -> torch.Tensor:
+        z = network(x)
+        return z + apart * z.abs().max()  # small outputs are apart by many times their own size
+
+    assert computes_the_same(network, elsewhere, x) is same
+
+
+def test_what_gives_no_tensor_is_not_the_same() -> None:
+    network, x = partly_frozen(), torch.rand(2, 1, 8, 8)
+    assert not computes_the_same(network, lambda x: (network(x),), x)  # type: ignore[arg-type,return-value]

@@ -197,6 +197,20 @@ def test_smoke_runs_decide_nothing() -> None:
     assert tables.at_largest_scale(claim(LEADS), {"cpu digits": [run(**won)]})[1].verdict == "holds"
 
 
+def test_of_runs_of_one_scale_on_the_same_data_the_longest_counts() -> None:
+    won, lost = {"OURS": 0.9, "THEIRS": 0.8}, {"OURS": 0.8, "THEIRS": 0.9}
+    on = {"data": [{"name": "digits", "split": "test"}]}
+    short, long = run(**won) | on, run(20, profile="cpu-long", **lost) | on
+    verdict = tables.at_largest_scale(claim(LEADS), {"cpu": [short], "cpu-long": [long]})
+    assert (verdict[0], verdict[1].verdict) == ("cpu-long", "does not hold")
+    larger = tables.at_largest_scale(claim(LEADS), {"gpu": [run(profile="gpu", **won) | on], "cpu-long": [long]})
+    assert (larger[0], larger[1].verdict) == ("gpu", "holds")
+    other = long | {"data": [{"name": "mnist", "split": "test"}]}
+    assert tables.at_largest_scale(claim(LEADS), {"cpu": [short], "cpu-long": [other]})[0] == "cpu"
+    blind = run(20, profile="cpu-long", OURS=0.9) | on
+    assert tables.at_largest_scale(claim(LEADS), {"cpu": [short], "cpu-long": [blind]})[0] == "cpu"
+
+
 def committed(paper_id: str, chapter: str, name: str) -> tuple[Any, dict[str, list[dict[str, Any]]]]:
     """A card, and one group of its committed records to change."""
     card = papers.paper(paper_id)

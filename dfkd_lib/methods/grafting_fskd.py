@@ -61,7 +61,7 @@ def fskd(teacher: Blocks, scions: Sequence[Scion], views: Views, runtime: Runtim
     Raises:
         InputError: networks that are no chains of layers, or whose layers do not correspond; the message says which.
     """
-    x = views.inputs[:2]
+    x = views.inputs[:2].to(runtime.dtype)  # a stem in 16 bits gives 16 bits
     theirs = chain(nn.Sequential(*copy.deepcopy([*teacher.values()][1:])).eval(), x)
     ours = chain(nn.Sequential(*copy.deepcopy([scion.body for scion in scions])).eval(), x)
     kept = cut_out(theirs, ours, x.shape[1])

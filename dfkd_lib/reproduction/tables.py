@@ -124,22 +124,27 @@ def claims_of(card: Paper, found: Sequence[Record]) -> pd.DataFrame:
 def at_largest_scale(
     claim: Claim, groups: Mapping[str, Sequence[Record]], budgets: Sequence[Budget] = ()
 ) -> tuple[str, Verdict]:
-    """The first of the groups, largest scale first, whose records test the claim, and what they say.
+    """The largest of the groups whose records test the claim, and what they say.
 
-    Smoke runs check the code and decide nothing. Where no other run tests the claim, why the largest one that has the
-    measures does not.
+    Groups come with the largest scale first. Of those of one scale and the same data the longest run counts, the first
+    of equals. Smoke runs check the code and decide nothing. Where no other run tests the claim, why the largest one
+    that has the measures does not.
     """
     spreads = spreads_of(groups.values())
     unmeasured = judge(claim, [])
-    why = unmeasured
+    why, found = unmeasured, list[tuple[str, Verdict, Record]]()
     for label, runs in groups.items():
-        if records.scale(runs[0]) == "smoke":
+        if records.scale(runs[0]) == "smoke" or (found and not _alike(found[0][2], runs[0])):
             continue
         verdict = judge(claim, runs, budgets, spreads)
         if verdict.n:
-            return label, verdict
+            found.append((label, verdict, runs[0]))
         why = verdict if why == unmeasured else why
-    return "", why
+    return max(found, key=lambda one: records.length(one[2]))[:2] if found else ("", why)
+
+
+def _alike(one: Record, other: Record) -> bool:
+    return records.scale(one) == records.scale(other) and records.tested_on(one) == records.tested_on(other)
 
 
 def scale_in_words(record: Record, experiment: str = "") -> str:
@@ -158,7 +163,8 @@ def scale_in_words(record: Record, experiment: str = "") -> str:
         words[0] += f" at {given['scene_height']}x{given['scene_width']}"
     elif size := given.get("image_size"):
         words[0] += f" at {size}x{size}"
-    for unit, names in _LENGTHS.items():
+    alone = {"iterations": ("target_steps",)} if given.get("parts") == ["B"] else _LENGTHS  # of the amalgamation
+    for unit, names in alone.items():
         if found := [given[n] for n in names if isinstance(given.get(n), int) and segments == n.startswith("scene_")]:
             words.append(f"{found[0]:,} {unit}")
             break

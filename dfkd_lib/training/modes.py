@@ -38,9 +38,14 @@ def still(module: nn.Module) -> Iterator[None]:
 
 
 def computes_the_same(network: nn.Module, other: Callable[[Tensor], Tensor], x: Tensor) -> bool:
-    """Whether `other`, made of the network's own modules, gives on x what the network gives; False if it cannot run."""
+    """Whether `other`, made of the network's own modules, gives on x what the network gives; False if it cannot run.
+
+    Each output may differ by a ten-thousandth of the largest: the same layers need not round alike on a GPU.
+    """
+    exact = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, deterministic=True, allow_tf32=False)
     try:
-        with still(network):
-            return torch.allclose(network(x.clone()), other(x.clone()))  # either may write to what it is given
-    except (RuntimeError, TypeError, NotImplementedError):
+        with still(network), exact:
+            theirs, ours = network(x.clone()), other(x.clone())  # either may write to what it is given
+            return ours.shape == theirs.shape and bool((ours - theirs).abs().max() <= 1e-4 * theirs.abs().max())
+    except (RuntimeError, TypeError, AttributeError, NotImplementedError):
         return False
