@@ -28,7 +28,6 @@ SOURCES: dict[str, dict[str, tuple[str, str, float]]] = {
         "70.3": (LONG, "customised/target/part 2", 100),
         "82.8": (LONG, "customised/source 2/part 1", 100),
         "71.8": (LONG, "customised/source 4/part 2", 100),
-        "54.2": (LONG, "customised/target in one stage/union", 100),
         "52.7": (LONG, "customised/target/union", 100),
         "83.0": (LONG, "customised/component 1 of random sources/part 1", 100),
         "82.4": (LONG, "customised/component 1 of all sources/part 1", 100),
