@@ -24,6 +24,7 @@ from dfkd_lib.methods.common_features import CommonSpace, flat, mmd2
 from dfkd_lib.methods.comprehensive import Joint, Layerwise
 from dfkd_lib.methods.customised import Adaptive, Source
 from dfkd_lib.models import adapters, chains
+from dfkd_lib.reproduction.cli import main
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.training.fit import fit
 
@@ -595,3 +596,9 @@ def test_layerwise_learns_before_the_joint_stage(float32: Runtime) -> None:
     test = images(100, seed=8)
     assert test.labels is not None
     assert ensembles.measures(ensembles.predict(method.merged(), test, float32), test.labels, TASKS)["union"] > 1.3 / 5
+
+
+def test_the_part_on_transfer_sets_needs_the_part_whose_students_it_repeats(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "amalgamation", "--plain", "--quiet", "-p", "parts", '["A", "transfer"]']) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "add C to parts" in err

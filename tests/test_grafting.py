@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from conftest import same
 from torch import Tensor, nn
 
-from dfkd_lib import data, graft, models
+from dfkd_lib import data, graft, models, records
 from dfkd_lib.data import ImageSet
 from dfkd_lib.errors import InputError
 from dfkd_lib.measures.evaluation import accuracy
@@ -22,6 +23,7 @@ from dfkd_lib.methods.grafting_blocks import Scion
 from dfkd_lib.methods.grafting_fskd import aligned, cut_out, fskd
 from dfkd_lib.models import adapters, chains
 from dfkd_lib.models.chains import STEM, Blocks
+from dfkd_lib.reproduction.cli import main
 from dfkd_lib.runtime import Runtime
 from dfkd_lib.training.fit import fit
 from dfkd_lib.training.supervised import Recipe, Supervised
@@ -470,3 +472,29 @@ def test_grafting_few_digits_teaches_the_student(float32):
     z = chains.through(graft.scions, views.inputs).detach()
     assert float(grafting.distance(z, views.logits)) / 512 < first / 2
     assert accuracy(grafting_blocks.merge(blocks[STEM], scions, views.inputs), test, float32) > 0.6
+
+
+def test_the_chapter_with_a_teacher_of_all_images_and_a_student_cut_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = {
+        "book_teacher": "true", "few_teacher_steps": "0", "shots": "[1]", "detail_k": "1", "draws": "1",
+        "baselines": '["KD"]', "baseline_draws": "1", "n_views": "20", "full_views": "64", "block_steps": "[2]",
+        "network_steps": "2",
+        "student_cuts": '["network.stages.1.0", "network.stages.2.0", "network.pool"]',
+    }  # fmt: skip
+
+    def run(folder: str, **changed: str) -> int:
+        words = [word for pair in (values | changed).items() for word in ("-p", *pair)]
+        return main(["run", "grafting", "--plain", "--quiet", "--out", str(tmp_path / folder), *words])
+
+    assert run("whole") == 0
+    record = records.read(tmp_path / "whole")
+    rows = {key.split("/")[1] for key in record["metrics"] if key.startswith("seen/")}
+    assert rows == {"seen images"} and record["teachers"][0]["recipe"]["epochs"] == 20
+    assert {"raw logits", "stage 2 alone", "frozen adapters"} < {
+        key.split("/")[1] for key in record["metrics"] if key.startswith("ablation/")
+    }
+    capsys.readouterr()
+    assert run("cut", student_cuts='["network.stages.1", "network.pool"]') == 2
+    assert "the teacher has 4 blocks and the student 3" in capsys.readouterr().err
