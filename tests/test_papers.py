@@ -12,6 +12,7 @@ from dfkd_lib.errors import DamagedFile, InputError
 from dfkd_lib.locations import book_root
 from dfkd_lib.reproduction import papers
 from dfkd_lib.reproduction.cards import Claim, Evidence, read_card
+from dfkd_lib.reproduction.parameters import profile, profiles
 from dfkd_lib.reproduction.verdicts import Verdict, judge
 
 BETTER = Evidence("classification/DFAD/accuracy", than="classification/RANDOM/accuracy")
@@ -43,6 +44,14 @@ def test_every_card_is_valid_and_its_ids_are_unique(name: str) -> None:
         for cell in row.values()
         if cell
     )
+
+
+@pytest.mark.parametrize("name", papers.paper_ids())
+def test_what_a_claim_asks_of_its_runs_is_what_some_profile_sets(name: str) -> None:
+    card = papers.paper(name)
+    settings = [profile(chapter, each) for chapter in card.chapters for each in profiles(chapter)]
+    for claim in card.claims:
+        assert any(claim.only.items() <= known.items() for known in settings), claim.id
 
 
 def test_dfad_card_credits_the_earlier_work_and_names_the_official_code() -> None:

@@ -53,7 +53,7 @@ def test_a_row_has_to_be_ten_points_above_chance() -> None:
 def test_a_claim_about_one_dataset_is_judged_by_its_runs_alone() -> None:
     other = run(OURS=0.3, THEIRS=0.9)
     other["parameters"]["dataset"] = "mnist"
-    about = claim(LEADS, dataset="digits")
+    about = claim(LEADS, only={"dataset": "digits"})
     assert judge(about, [run(OURS=0.9, THEIRS=0.3), other]) == judge(about, [run(OURS=0.9, THEIRS=0.3)])
     assert judge(about, [run(OURS=0.9, THEIRS=0.3)]).verdict == "holds"
     assert (judge(about, [other]).verdict, judge(about, [other]).n) == ("not tested here", 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,7 +54,7 @@ class Claim:
         needs: without these the claim is not tested.
         before: key of the student's accuracy before it learned, above which the compared rows have to be.
         tuned: what of the claim's set-up was chosen while its outcome was in view; empty if nothing was.
-        dataset: the one whose runs alone bear on the claim; empty if all do.
+        only: {parameter: value} of the runs that bear on the claim; empty if all do.
     """
 
     id: str
@@ -65,7 +65,7 @@ class Claim:
     needs: tuple[Need, ...] = ()
     before: str | None = None
     tuned: str = ""
-    dataset: str = ""
+    only: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -263,9 +263,9 @@ def _claim(fields: _Fields) -> Claim:
     why = "" if pieces else fields.take("why", str)
     needs = tuple(_need(need) for need in fields.each("needs")) if "needs" in fields.left else ()
     before = fields.metric("before") if "before" in fields.left else None
-    tuned, dataset = (fields.optional(key, str, "") for key in ("tuned", "dataset"))
+    tuned, only = fields.optional("tuned", str, ""), fields.optional("only", dict, {})
     fields.done()
-    return Claim(id, text, where, pieces, why, needs, before, tuned, dataset)
+    return Claim(id, text, where, pieces, why, needs, before, tuned, only)
 
 
 def _need(fields: _Fields) -> Need:

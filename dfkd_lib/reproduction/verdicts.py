@@ -73,8 +73,8 @@ def judge(
     """
     if not claim.evidence:
         return Verdict("not tested here", claim.why, 0)
-    if claim.dataset:
-        records = [record for record in records if record["parameters"].get("dataset") == claim.dataset]
+    if claim.only:
+        records = [record for record in records if claim.only.items() <= record["parameters"].items()]
     parts = []
     for evidence in claim.evidence:
         part = _judge(evidence, records, spreads or {})
