@@ -111,8 +111,9 @@ def label(record: dict[str, Any]) -> str:
 
 def length(record: dict[str, Any]) -> int:
     """The updates that its parameters ask for, those of all parts together: to compare runs of one chapter."""
-    asked = record["parameters"].items()
-    return sum(value for name, value in asked if name.endswith(("steps", "n_updates")) and type(value) is int)
+    asked = [value for name, value in record["parameters"].items() if name.endswith(("steps", "n_updates"))]
+    each = [number for value in asked for number in (value if isinstance(value, list) else [value])]
+    return sum(number for number in each if type(number) is int)
 
 
 def scale(record: dict[str, Any]) -> str:

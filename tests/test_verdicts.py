@@ -211,6 +211,11 @@ def test_of_runs_of_one_scale_on_the_same_data_the_longest_counts() -> None:
     assert tables.at_largest_scale(claim(LEADS), {"cpu": [short], "cpu-long": [blind]})[0] == "cpu"
 
 
+def test_the_length_of_a_run_is_all_the_updates_that_it_asks_for() -> None:
+    asked = {"block_steps": [200, 120], "network_steps": 80, "n_updates": 5, "lr_steps": 0.5, "batch_size": 64}
+    assert records.length({"parameters": asked}) == 405
+
+
 def committed(paper_id: str, chapter: str, name: str) -> tuple[Any, dict[str, list[dict[str, Any]]]]:
     """A card, and one group of its committed records to change."""
     card = papers.paper(paper_id)
