@@ -256,6 +256,47 @@ def test_a_decoding_descends_on_the_weighted_sum_of_its_terms(float64, schedule,
     assert float(metrics["residual"]) == pytest.approx(float(sum(map(sum, errors.values()))) / 6, rel=1e-9)
 
 
+def test_the_content_term_holds_the_middle_feature_map_of_the_start(float64, monkeypatch):
+    t, start = template(float64), images(2, dtype=torch.float64)
+    target = {name: i.detach() for name, i in t.encode(images(2, seed=1, dtype=torch.float64)).items()}
+    moved = images(2, seed=2, dtype=torch.float64)
+    found: list[Tensor] = []
+    monkeypatch.setattr(impression, "update", lambda optimizer, loss, scaler: found.append(loss.detach()))
+
+    def step(content: float) -> dict[str, Tensor]:
+        decoding = Decoding(t, target, start, Settings(steps=3, tv=0.1, content=content), float64)
+        decoding.pixels[0].data.copy_(moved)
+        return decoding.step()
+
+    without, held = step(0.0), step(0.7)
+    here, there = (t.feature_maps(x, ["5"])["5"].detach() for x in (moved, start))
+    by_hand = [float(((here[b] - there[b]) ** 2).sum() / (there[b] ** 2).sum()) for b in (0, 1)]
+    assert float(found[1] - found[0]) == pytest.approx(0.7 * sum(by_hand), rel=1e-9) and sum(by_hand) > 0.01
+    assert float(held["loss"] - without["loss"]) == pytest.approx(0.7 * sum(by_hand) / 2, rel=1e-9)
+    assert torch.equal(held["residual"], without["residual"])
+
+    monkeypatch.undo()
+    strict = decode(t, target, start, Settings(steps=40, tv=0, content=100.0), float64).images
+    free = decode(t, target, start, Settings(steps=40, tv=0), float64).images
+    off = [float((t.feature_maps(x, ["5"])["5"] - there).square().sum()) for x in (strict, free)]
+    assert off[0] < off[1] / 2
+
+
+def test_sampled_targets_lie_around_the_mean_and_not_below_zero_behind_a_relu():
+    draw = torch.Generator().manual_seed(0)
+    behind = {"": torch.tensor([[1.0, 0.0, 4.0], [3.0, 2.0, 4.0]])}
+    drawn = impression_space.sampled(behind, 4000, 0.5, draw)[""]
+    assert drawn.shape == (4000, 3) and float(drawn.min()) == 0
+    assert torch.allclose(drawn[:, 0].mean(), torch.tensor(2.0), atol=0.03)
+    assert torch.allclose(drawn[:, 0].std(), torch.tensor(0.5), atol=0.03)
+    assert torch.equal(drawn[:, 2], torch.full((4000,), 4.0))  # an entry that never differs
+    signed = {"": behind[""] - 2}
+    assert float(impression_space.sampled(signed, 100, 0.5, draw)[""].min()) < 0
+    assert torch.equal(impression_space.sampled(behind, 2, 0.0, draw)[""], behind[""].mean(0).expand(2, 3))
+    again = [impression_space.sampled(behind, 3, 1.0, torch.Generator().manual_seed(5))[""] for _ in range(2)]
+    assert torch.equal(*again) and not torch.equal(again[0][0], again[0][1])
+
+
 def test_pixels_stay_in_range_and_the_rate_falls_along_half_a_cosine(float64):
     t, x, start = template(float64), images(2, dtype=torch.float64), images(2, seed=1, dtype=torch.float64)
     decoding = Decoding(t, t.encode(x), start, Settings(steps=4, lr=0.9, lr_end=0.1), float64)
@@ -333,7 +374,13 @@ def test_measures_of_image_quality():
 
 @pytest.mark.parametrize(
     ("bad", "named"),
-    [({"kind": "stats"}, "stat"), ({"kind": "grid-0"}, "grid"), ({"schedule": "local"}, "joint"), ({"tv": -1}, "tv")],
+    [
+        ({"kind": "stats"}, "stat"),
+        ({"kind": "grid-0"}, "grid"),
+        ({"schedule": "local"}, "joint"),
+        ({"tv": -1}, "tv"),
+        ({"content": -1}, "content"),
+    ],
 )
 def test_bad_settings_are_named(bad, named):
     with pytest.raises(InputError, match=named):

@@ -6,7 +6,9 @@ shifted and compared (`impression_space`), which gives synthesis, unpaired trans
 and nothing is trained. The paper's abstract has the goals and these words; every formula of this module is our
 completion:
 
-    x* = argmin over x in [0, 1]:  sum_l w_l || I_l(x) - t_l ||^2 / max(|| t_l ||^2, 1e-6) + tv TV(x).
+    x* = argmin over x in [0, 1]:  sum_l w_l || I_l(x) - t_l ||^2 / max(|| t_l ||^2, 1e-6) + tv TV(x),
+
+where a translation may add a content term, the same distance between feature maps of x and of the image it started at.
 """
 
 from __future__ import annotations
@@ -43,6 +45,8 @@ class Settings:
         steps: n, descent steps.
         lr, lr_end: Adam on the pixels, from the first to the last step on half a cosine.
         tv: lambda_TV, weight of the total variation.
+        content: lambda_c, weight of the distance to the feature map that the start has at the middle stage, whatever
+            the schedule; 0 leaves it out.
         schedule: "joint" matches all stages at once; "progressive" begins with the deepest alone and takes in the
             next shallower one after each n/M steps.
     """
@@ -52,13 +56,15 @@ class Settings:
     lr: float = 0.05
     lr_end: float = 0.005
     tv: float = 0.02
+    content: float = 0.0
     schedule: str = "joint"
 
     def __post_init__(self) -> None:
         check_positive(self, "steps", "lr", "lr_end")
         _grid(self.kind)
-        if self.tv < 0:
-            raise InputError(f"tv must be 0 or more, not {self.tv}")
+        for name in ("tv", "content"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must be 0 or more, not {getattr(self, name)}")
         if self.schedule not in SCHEDULES:
             raise unknown("schedule", self.schedule, SCHEDULES)
 
@@ -285,8 +291,9 @@ class Decoding(Resumable):
         self.template, self.settings, self.runtime = template, settings, runtime
         self.target = {name: t.detach().to(runtime.device, runtime.dtype) for name, t in target.items()}
         start = runtime.images(start.detach()).clone()
+        self.middle = [*target][(len(target) - 1) // 2]
         with torch.no_grad():
-            found = template.encode(start, settings.kind, tuple(target))
+            found, self.content = self.encode(start)
         for name, t in self.target.items():
             if t.shape != found[name].shape:
                 raise InputError(
@@ -303,6 +310,12 @@ class Decoding(Resumable):
         self.loss = torch.full((len(start),), torch.inf, device=runtime.device, dtype=runtime.dtype)
         self.steps = 0
 
+    def encode(self, x: Tensor) -> tuple[Impression, Impression]:
+        """The impressions of x [B, C, H, W] in [0, 1] at the matched stages, and the whole map of the middle one."""
+        maps = self.template.feature_maps(x, tuple(self.target))
+        found = {name: summarise(z, self.settings.kind) for name, z in maps.items()}
+        return found, {self.middle: maps[self.middle].flatten(1)}
+
     def step(self) -> dict[str, Tensor]:
         """One descent step.
 
@@ -313,14 +326,18 @@ class Decoding(Resumable):
         share = cosine(self.steps, settings.steps)
         set_lr(self.optimizer, settings.lr_end + (settings.lr - settings.lr_end) * share)
         x = self.pixels[0]
-        errors = relative_errors(self.template.encode(x, settings.kind, tuple(self.target)), self.target)
-        smoothness = settings.tv * roughness(x)
-        self.remember(errors.detach().sum(1) + smoothness.detach(), x.detach())
-        update(self.optimizer, ((errors * self.weights[self.steps]).sum(1) + smoothness).sum(), self.scaler)
+        found, content = self.encode(x)
+        errors = relative_errors(found, self.target)
+        rest = settings.tv * roughness(x)
+        if settings.content:
+            rest = rest + settings.content * relative_errors(content, self.content)[:, 0]
+        loss = (errors.sum(1) + rest).detach()
+        self.remember(loss, x.detach())
+        update(self.optimizer, ((errors * self.weights[self.steps]).sum(1) + rest).sum(), self.scaler)
         with torch.no_grad():
             x.clamp_(0, 1)
         self.steps += 1
-        return {"residual": errors.detach().mean(), "loss": (errors.detach().sum(1) + smoothness.detach()).mean()}
+        return {"residual": errors.detach().mean(), "loss": loss.mean()}
 
     def remember(self, loss: Tensor, x: Tensor) -> None:
         """Keep those images of x [B, C, H, W] whose loss [B] is lower than any before."""

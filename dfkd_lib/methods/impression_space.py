@@ -37,6 +37,28 @@ def translated(source: Impression, mean_a: Impression, mean_b: Impression, alpha
     return target
 
 
+def sampled(impressions: Impression, n: int, shrink: float, generator: torch.Generator) -> Impression:
+    """t_l ~ N(Ibar_l, (shrink s_l)^2): targets around the mean of a set, each entry drawn for itself.
+
+    As in :func:`translated`, nothing falls below 0 where the set has nothing below it.
+
+    Args:
+        impressions: of the set, {stage: [N, D_l]}; s_l is their standard deviation over the set.
+        n: number of targets.
+        shrink: of the standard deviation; 0 gives the mean n times.
+        generator: on the CPU.
+
+    Returns:
+        {stage: [n, D_l]}.
+    """
+    drawn = {}
+    for name, i in impressions.items():
+        noise = torch.randn(n, i.shape[1], generator=generator).to(i)
+        t = i.mean(0) + shrink * i.std(0, correction=0) * noise
+        drawn[name] = torch.where((i >= 0).all(), t.clamp_min(0), t)
+    return drawn
+
+
 def interpolated(one: Impression, other: Impression, alpha: float) -> Impression:
     """t = (1 - alpha) I(x_1) + alpha I(x_2)."""
     return {name: torch.lerp(i, other[name], alpha) for name, i in one.items()}
