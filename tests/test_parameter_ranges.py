@@ -77,7 +77,7 @@ def values(parameter: Parameter) -> st.SearchStrategy[Any]:
         each = elements("", parameter)
         some = st.lists(each, min_size=least, max_size=2, unique=True)
         return st.just(default) | some if parameter.name == "parts" else some
-    if not isinstance(default[0], int | float):
+    if not default or not isinstance(default[0], int | float):
         return st.just(default)
     each = elements(default[0], parameter)
     return st.lists(each, min_size=len(default), max_size=len(default)) | st.lists(each, min_size=least, max_size=2)
