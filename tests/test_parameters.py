@@ -148,6 +148,8 @@ def test_a_broken_notebook_is_named(book: Path) -> None:
 
 def test_a_list_is_empty_only_where_the_help_says_what_that_means() -> None:
     assert Parameter("x", [1], "[1..]", "steps; none: all").check([]) == []
-    assert Parameter("x", []).check([]) == []
+    assert Parameter("x", []).check([]) == [] and Parameter("x", []).check(["a"]) == ["a"]
+    with pytest.raises(InputError, match="must be of type list of str"):
+        Parameter("x", []).check([1])
     with pytest.raises(InputError, match=r"parameter x: \[\] must have at least one element"):
         Parameter("x", [1], "[1..]", "steps").check([])

@@ -50,8 +50,8 @@ class Parameter:
     @property
     def type(self) -> str:
         """Name of the type, such as "float" or "list of float"."""
-        if isinstance(self.default, list) and self.default:
-            return f"list of {type(self.default[0]).__name__}"
+        if isinstance(self.default, list):
+            return f"list of {type(self._element).__name__}"
         return "any" if self.default is None else type(self.default).__name__
 
     def check(self, value: Any) -> Any:
@@ -72,7 +72,7 @@ class Parameter:
             raise self._error(value, f"must be a {self.type}, such as {self.default}")
         if not value and self.default and "none:" not in self.help:
             raise self._error(value, "must have at least one element")
-        return [self._in_range(self._typed(v, self.default[0]) if self.default else v, value) for v in value]
+        return [self._in_range(self._typed(v, self._element), value) for v in value]
 
     def parse(self, text: str) -> Any:
         """Read a value from the command line: `1e-3` is a number where a number is expected, `0012` is 12.
@@ -81,6 +81,11 @@ class Parameter:
             InputError: wrong type, or out of range.
         """
         return self.check(text if isinstance(self.default, str) else _literal(text, self.default))
+
+    @property
+    def _element(self) -> Any:
+        """An element of a list; one that is empty by default holds names."""
+        return self.default[0] if self.default else ""
 
     def _typed(self, value: Any, example: Any) -> Any:
         wanted = type(example)
