@@ -32,9 +32,13 @@ def translated(source: Impression, mean_a: Impression, mean_b: Impression, alpha
     """
     target = {}
     for name, i in source.items():
-        moved = i + alpha * (mean_b[name] - mean_a[name])
-        target[name] = torch.where((i >= 0).all(), moved.clamp_min(0), moved)
+        target[name] = _reachable(i + alpha * (mean_b[name] - mean_a[name]), i)
     return target
+
+
+def _reachable(t: Tensor, i: Tensor) -> Tensor:
+    """max(0, t) where the impressions i are never negative, as behind a ReLU; else t."""
+    return torch.where((i >= 0).all(), t.clamp_min(0), t)
 
 
 def sampled(impressions: Impression, n: int, shrink: float, generator: torch.Generator) -> Impression:
@@ -54,8 +58,7 @@ def sampled(impressions: Impression, n: int, shrink: float, generator: torch.Gen
     drawn = {}
     for name, i in impressions.items():
         noise = torch.randn(n, i.shape[1], generator=generator).to(i)
-        t = i.mean(0) + shrink * i.std(0, correction=0) * noise
-        drawn[name] = torch.where((i >= 0).all(), t.clamp_min(0), t)
+        drawn[name] = _reachable(i.mean(0) + shrink * i.std(0, correction=0) * noise, i)
     return drawn
 
 
