@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -598,7 +599,10 @@ def test_layerwise_learns_before_the_joint_stage(float32: Runtime) -> None:
     assert ensembles.measures(ensembles.predict(method.merged(), test, float32), test.labels, TASKS)["union"] > 1.3 / 5
 
 
-def test_the_part_on_transfer_sets_needs_the_part_whose_students_it_repeats(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", "amalgamation", "--plain", "--quiet", "-p", "parts", '["A", "transfer"]']) == 2
+def test_the_part_on_transfer_sets_needs_the_part_whose_students_it_repeats(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["run", "amalgamation", "--plain", "--quiet", "-p", "parts", '["A", "transfer"]', "--out", str(tmp_path)]
+    assert main(asked) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "add C to parts" in err

@@ -82,6 +82,20 @@ def test_a_failing_cell_is_one_line_and_its_traceback_is_kept(
     assert not Path("a/output.txt").exists() and not runs.is_finished(Path("a"))
 
 
+def test_a_refused_run_that_trained_nothing_leaves_its_folder_free(capsys: pytest.CaptureFixture[str]) -> None:
+    refused, corrected = "run tiny --plain --quiet -p mode refuse", "run tiny --plain --quiet -p lr 0.25"
+    assert dfkd(refused) == 2
+    assert dfkd(corrected) == 0
+    assert records.read(Path("runs/tiny-smoke-seed0"))["metrics"]["toy/DFAD/accuracy"] == 0.25
+
+    runs.begin(Path("a"), "tiny", {"profile": "smoke", "mode": "refuse"}, "dfkd run tiny", plain=True)
+    Path("a/checkpoints").mkdir()
+    assert dfkd("run tiny --quiet --resume a") == 2
+    capsys.readouterr()
+    assert dfkd(f"{corrected} --out a") == 2
+    assert "holds an unfinished run; continue it with --resume" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals differ")
 def test_without_jupyter_a_run_can_be_interrupted_and_resumed(here: Path) -> None:
     with without_jupyter("run tiny --plain --out a -p mode wait") as process:

@@ -64,6 +64,9 @@ def _run_or_resume(args: argparse.Namespace) -> dict[str, Any]:
                         plain.execute(args.chapter, folder, given, environment=environment, show=show)
                     else:
                         notebooks.execute(args.chapter, folder, given, environment=environment)
+            except InputError:
+                runs.refused(folder)
+                raise
             except KeyboardInterrupt:
                 again = shlex.join(["dfkd", "run", args.chapter, "--resume", str(folder)])
                 raise KeyboardInterrupt(f"; continue with: {again}") from None

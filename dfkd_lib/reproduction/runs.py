@@ -26,6 +26,7 @@ _ASKED = {
     "parameters": dict,
     "command": str,
     "plain?": bool,
+    "refused?": bool,
     "notebook?": str,
     "code?": str,
 }
@@ -44,17 +45,26 @@ _EVENT = {
 def begin(folder: Path, chapter: str, parameters: dict[str, Any], command: str, *, plain: bool = False) -> None:
     """Note in a new or empty folder what is about to run; `plain` runs continue without Jupyter.
 
+    The folder of a refused run counts as new.
+
     Raises:
         InputError: the folder holds a run, finished or not, or other files.
     """
+    noted = (folder / "run.json").exists()
     if is_finished(folder):
         raise InputError(f"{folder} holds a finished run; choose another --out, or delete it")
-    if (folder / "run.json").exists():
+    if noted and not asked(folder).get("refused"):
         raise InputError(f"{folder} holds an unfinished run; continue it with --resume {folder}, or delete it")
-    if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+    if not noted and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise InputError(f"{folder} is not empty and holds no run; choose another --out")
     facts = {"chapter": chapter, "profile": parameters["profile"], "parameters": parameters, "command": command}
     write_json(folder / "run.json", facts | made_of(chapter) | ({"plain": True} if plain else {}))
+
+
+def refused(folder: Path) -> None:
+    """Note that the chapter refused its parameters; where nothing was trained before, nothing is left to continue."""
+    if not (folder / "checkpoints").exists():
+        write_json(folder / "run.json", asked(folder) | {"refused": True})
 
 
 def asked(folder: Path) -> dict[str, Any]:
