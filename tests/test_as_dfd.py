@@ -351,6 +351,17 @@ def test_the_embedding_module_stays_equal_and_the_teacher_bitwise_unchanged(floa
     assert made.budget.student_updates == 6 and made.budget.images == 18
 
 
+@pytest.mark.parametrize("memory", [1, 2])
+def test_only_the_last_batches_are_kept_for_replay(float32, memory):
+    made = method(float32, replace(SMALL, replay=1, memory=memory))
+    latest = []
+    for _ in range(4):
+        made.step()
+        latest.append(made.kept[-1]["e"])
+    assert len(made.kept) == memory
+    assert all(torch.equal(kept["e"], e) for kept, e in zip(made.kept, latest[-memory:], strict=True))
+
+
 def test_true_rows_decode_to_their_tokens(float32):
     table = networks.word_table(teacher())
     ids = torch.randint(4, 68, (2, 7))

@@ -132,8 +132,8 @@ def test_nothing_of_the_network_changes(kind: str) -> None:
     network[0].weight.requires_grad_(False)
     network[5].weight.grad = torch.ones_like(network[5].weight)
     before, given, modes = snapshot(network), x.clone(), [m.training for m in network.modules()]
-    explain(network, x, kind=kind, at=PENULTIMATE)
-    explain(network, x, kind=kind, at="0")
+    found = [*explain(network, x, kind=kind, at=PENULTIMATE), *explain(network, x, kind=kind, at="0")]
+    assert not any(part.requires_grad for part in found)
     assert same(before, snapshot(network)) and torch.equal(given, x) and not x.requires_grad
     assert modes == [m.training for m in network.modules()]
     assert [p.requires_grad for p in network.parameters()] == [False] + [True] * (len(parameters_of(network)) - 1)

@@ -211,7 +211,7 @@ class TextDistiller(Resumable, ABC):
             metrics |= self.learn(made, batch)
             if settings.replay:
                 tensors = {name: part for name, part in vars(made).items() if part is not None}
-                self.kept = [*self.kept[-(settings.memory - 1) :], tensors | batch]
+                self.kept = [*self.kept, tensors | batch][-settings.memory :]
                 chosen = torch.randint(len(self.kept), (settings.replay,), generator=self.choices, device="cpu")
                 for at in chosen.tolist():
                     old = self.kept[at]
