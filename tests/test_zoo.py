@@ -77,6 +77,8 @@ def test_targets_by_hand() -> None:
     corner[..., 4:, 4:] = 1.0
     at = int(harris(corner).flatten().argmax())
     assert divmod(at, 8) in [(3, 3), (3, 4), (4, 3), (4, 4)] and float(harris(corner).abs().max()) == 1.0
+    upright, slanted = step, torch.ones(1, 1, 8, 8).tril()
+    assert float(harris(upright)[0, 0, 4, 4]) == float(harris(slanted)[0, 0, 4, 4]) == -1.0, "an edge is no corner"
     dot = torch.zeros(1, 1, 5, 5)
     dot[0, 0, 0, 4] = 1.0
     assert moments(dot)[0].tolist() == pytest.approx([1.0, -1.0, 1 / 25])
@@ -123,6 +125,23 @@ def test_heads_side_by_side_learn_as_each_would_alone(float32: Runtime) -> None:
         task = tasks("digits", 1)[name]
         alone = [scores(task, {n: e}) for n, e in networks.items()]
         assert torch.allclose(scores(task, networks), torch.cat(alone), atol=1e-3)
+
+
+def test_neither_size_nor_offset_of_a_representation_matters_to_its_readout(float32: Runtime) -> None:
+    class Moved(nn.Module):
+        def __init__(self, network: nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = self.network(x)
+            return 8 * z + 4 * torch.linspace(-1, 1, z[0].numel()).view(z.shape[1:])
+
+    network, _ = member("rotation", digits(80), QUICK, float32)
+    sources, task = Sources({"it": network, "moved": Moved(network)}, float32), tasks("digits", 1)["class-all"]
+    tested = sources.see(digits(40), 0, 40, task, stream())
+    _, (as_it_is, moved) = read_out(sources, task, digits(), tested, SHORT, float32)
+    assert torch.allclose(as_it_is, moved, atol=1e-3) and as_it_is.std() > 0.01
 
 
 def test_images_as_they_are_are_seen_once_and_altered_ones_each_time(float32: Runtime) -> None:
