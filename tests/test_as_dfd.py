@@ -370,9 +370,9 @@ def test_true_rows_decode_to_their_tokens(float32):
 
 
 def test_zskd_concentrations_and_targets():
-    similar = as_dfd_baselines.class_similarities(torch.randn(5, 16))
-    assert (similar >= 1e-3).all() and (similar <= 1).all()
-    assert torch.allclose(similar.diagonal(), torch.ones(5, dtype=torch.float64))
+    rows = torch.tensor([[2.0, 0.0], [0.5, math.sqrt(0.75)], [-3.0, 0.0]])  # cosines 1/2, -1 and -1/2
+    wanted = torch.tensor([[1, 3 / 4, 1e-3], [2 / 3, 1, 1e-3], [1e-3, 1 / 4, 1]], dtype=torch.float64)
+    assert torch.allclose(as_dfd_baselines.class_similarities(rows), wanted, atol=1e-6)
     generator = torch.Generator().manual_seed(0)
     beliefs = as_dfd.dirichlet(torch.tensor([2.0, 1.0, 1e-4]).expand(4000, 3), generator)
     assert torch.allclose(beliefs.sum(1), torch.ones(4000, dtype=torch.float64)) and torch.isfinite(beliefs).all()

@@ -346,6 +346,10 @@ def test_drawn_domains() -> None:
     assert drawn.images.float().mean() < 128
     lines = sketches(drawn)
     assert lines.images.shape == drawn.images.shape and lines.images.float().mean() > 128
+    step = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    step[..., 4:] = 200
+    (drawn_step,) = sketches(ImageSet(step, torch.zeros(1, dtype=torch.int64), classes=["step"])).images
+    assert torch.equal(drawn_step[0, 0], torch.tensor([255, 255, 255, 0, 0, 255, 255, 255], dtype=torch.uint8))
 
 
 def test_the_published_layers_are_copied_rightly() -> None:
