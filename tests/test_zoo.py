@@ -348,7 +348,9 @@ def test_drawn_domains() -> None:
     assert lines.images.shape == drawn.images.shape and lines.images.float().mean() > 128
     step = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
     step[..., 4:] = 200
-    (drawn_step,) = sketches(ImageSet(step, torch.zeros(1, dtype=torch.int64), classes=["step"])).images
+    (drawn_step,) = sketches(
+        ImageSet(step, torch.zeros(1, dtype=torch.int64), classes=["step"], name="step", split="train")
+    ).images
     assert torch.equal(drawn_step[0, 0], torch.tensor([255, 255, 255, 0, 0, 255, 255, 255], dtype=torch.uint8))
 
 
