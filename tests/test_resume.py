@@ -253,6 +253,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     assert not differences(whole.state_dict(), third.state_dict())
 
 
+@pytest.mark.parametrize("build", CASES.values(), ids=CASES)
+def test_what_a_step_reports_holds_no_graph(build: Callable[[Runtime], Method]) -> None:
+    method = build(next(iter(RUNTIMES.values())))
+    for _ in range(2):
+        assert not [name for name, value in method.step().items() if isinstance(value, Tensor) and value.requires_grad]
+
+
 @pytest.mark.parametrize("runtime", RUNTIMES.values(), ids=RUNTIMES)
 def test_a_resumed_teacher_is_the_uninterrupted_one(
     runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
