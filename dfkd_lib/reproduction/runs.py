@@ -45,7 +45,7 @@ _EVENT = {
 def begin(folder: Path, chapter: str, parameters: dict[str, Any], command: str, *, plain: bool = False) -> None:
     """Note in a new or empty folder what is about to run; `plain` runs continue without Jupyter.
 
-    The folder of a refused run counts as new.
+    The folder of a run that was refused before it trained anything counts as new.
 
     Raises:
         InputError: the folder holds a run, finished or not, or other files.
@@ -53,7 +53,7 @@ def begin(folder: Path, chapter: str, parameters: dict[str, Any], command: str, 
     noted = (folder / "run.json").exists()
     if is_finished(folder):
         raise InputError(f"{folder} holds a finished run; choose another --out, or delete it")
-    if noted and not asked(folder).get("refused"):
+    if noted and ((folder / "checkpoints").exists() or not asked(folder).get("refused")):
         raise InputError(f"{folder} holds an unfinished run; continue it with --resume {folder}, or delete it")
     if not noted and folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise InputError(f"{folder} is not empty and holds no run; choose another --out")
@@ -62,9 +62,8 @@ def begin(folder: Path, chapter: str, parameters: dict[str, Any], command: str, 
 
 
 def refused(folder: Path) -> None:
-    """Note that the chapter refused its parameters; where nothing was trained before, nothing is left to continue."""
-    if not (folder / "checkpoints").exists():
-        write_json(folder / "run.json", asked(folder) | {"refused": True})
+    """Note that the chapter refused what it was given."""
+    write_json(folder / "run.json", asked(folder) | {"refused": True})
 
 
 def asked(folder: Path) -> dict[str, Any]:
